@@ -1,0 +1,30 @@
+# `make quickstart` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without a GPU the CPU build of torch: the default one brings gigabytes of CUDA packages.
+CPU_TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+.PHONY: install quickstart test clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if ! command -v nvidia-smi >/dev/null 2>&1 && ! $(BIN)/python -c "import torch" 2>/dev/null; then \
+	    $(BIN)/pip install $(TORCH_INDEX) "$(CPU_TORCH)"; fi
+	$(BIN)/pip install -e ".[dev]"
+	touch $@
+
+quickstart: install
+	$(BIN)/longrope run configs/quickstart
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,44 @@
+"""``longrope``: the command line. Imports neither torch nor Lightning for help; they cost seconds."""
+
+import sys
+
+USAGE = """\
+longrope: a context window up to 2,048k tokens for any RoPE language model
+
+  longrope run RECIPE            run the numbered stages of a folder, skip finished ones, resume the one that was cut
+  longrope fit -c CONFIG         train; validate and test measure (LightningCLI)
+  longrope search -c CONFIG      the factor search alone, no optimizer
+  longrope compare -c CONFIG     none, PI, NTK, dynamic NTK, YaRN and given factors on the same documents
+  longrope export RUN OUT        a Hugging Face folder from a checkpoint or run
+  longrope report RUN            one self-contained report.html with figures and tables
+
+  longrope COMMAND --help        every option of a command
+  longrope --version
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: Words after ``longrope``; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 2 after one line that says what a user can mend.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0
+    if arguments[0] in ("--version", "version"):
+        from lightning_longrope import __version__
+
+        sys.stdout.write(f"longrope {__version__}\n")
+        return 0
+    from lightning_longrope.cli import run_command
+
+    return run_command(arguments[0], arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Perplexity by length: the same excerpts cut into windows of each length."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_longrope import scoring
+from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback
+from lightning_longrope.metrics import bootstrap_interval, bootstrap_ratio_interval, perplexity
+
+
+class PerplexityByLength(MeasuringCallback):
+    """Measures how well the model predicts text when it sees windows of a given length.
+
+    Excerpts of the longest length are cut into windows that do not overlap, for each length anew, so every length is
+    judged on the same text. A window sees nothing before its first token, which is not predicted. Does not slide:
+    tokens early in a window have little context and count as much as late ones; the last tokens have a number of
+    their own.
+
+    Logs, as ``{metric}/{length}``:
+
+    - ``perplexity``: token-weighted, ``exp(sum of nll / tokens)``;
+    - ``perplexity_window_mean``: mean of the perplexities of the windows, the convention of published tables;
+    - ``perplexity_last{last}``: token-weighted over the last tokens of each window, for lengths above ``last``;
+    - ``bits_per_byte``: nll in bits over UTF-8 bytes of the predicted text, comparable between tokenizers.
+
+    Intervals are 95 % bootstrap intervals over documents.
+
+    Args:
+        lengths: Lengths of the windows in tokens; the datamodule's ``seq_len`` by default.
+        documents: Excerpts to measure on, over all ranks together.
+        split: Split of the datamodule to take them from.
+        batch_tokens: Tokens of a forward pass; a longer window goes alone.
+        last: Size of the window's end that ``perplexity_last{last}`` is about, in tokens.
+        seed: Chooses the excerpts.
+
+    Raises:
+        ValueError: If a number is out of range, or in ``setup`` if the split has too few long documents.
+    """
+
+    def __init__(
+        self,
+        lengths: tuple[int, ...] | None = None,
+        documents: int = 24,
+        split: str = "validation",
+        batch_tokens: int = 16384,
+        last: int = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(lengths, split, batch_tokens, seed)
+        if documents < 1 or last < 1:
+            raise ValueError(f"`documents` and `last` must be at least 1, got {documents} and {last}.")
+        self.documents = documents
+        self.last = last
+        self._tokenizer: Any = None
+        self._excerpts = torch.empty(0, 0, dtype=torch.int64)
+        self._bytes: dict[int, Tensor] = {}
+
+    @override
+    def prepare(self, datamodule: Any, lengths: Sequence[int]) -> None:
+        self._excerpts = datamodule.excerpts(self.split, self.documents, max(lengths), self.seed)
+        self._tokenizer = datamodule.tokenizer
+        self._bytes = {}
+
+    @override
+    def measure_length(self, trainer: Trainer, module: LightningModule, length: int) -> list[Measurement]:
+        windows = self._excerpts.unfold(1, length, length)  # [documents, windows of a document, length]
+        nll, end = self._window_nll(trainer, module, windows.flatten(0, 1)).unbind(1)
+        nll, end = nll.view(windows.shape[:2]), end.view(windows.shape[:2])
+        count = torch.full_like(nll, length - 1)
+
+        def measurement(metric: str, value: float, interval: tuple[float, float]) -> Measurement:
+            return Measurement(metric, length, None, value, *interval, n=len(windows))
+
+        def weighted(metric: str, sums: Tensor, tokens: Tensor) -> Measurement:
+            value = perplexity(sums.sum(), tokens.sum()).item()
+            return measurement(metric, value, bootstrap_interval(sums.sum(1), tokens.sum(1), self.seed))
+
+        def ratio(metric: str, above: Tensor, below: Tensor) -> Measurement:
+            value = (above.sum() / below.sum()).item()
+            return measurement(metric, value, bootstrap_ratio_interval(above.sum(1), below.sum(1), self.seed))
+
+        results = [
+            weighted("perplexity", nll, count),
+            ratio("perplexity_window_mean", perplexity(nll, count), torch.ones_like(nll)),
+            ratio("bits_per_byte", nll / math.log(2), self._window_bytes(windows)),
+        ]
+        if length > self.last:
+            results.append(weighted(f"perplexity_last{self.last}", end, torch.full_like(end, self.last)))
+        return results
+
+    def _window_nll(self, trainer: Trainer, module: LightningModule, windows: Tensor) -> Tensor:
+        """Nll of each window and of its last tokens in nats, summed over tokens, [windows, 2] float64."""
+        sums = torch.zeros(len(windows), 2, dtype=torch.float64)
+        rows = self.rows(windows.shape[1])
+        for start, counts in self.share(trainer, range(0, len(windows), rows)):
+            nll = scoring.token_nll(module.model, windows[start : start + rows].to(module.device)).cpu().double()
+            if counts:
+                sums[start : start + rows] = torch.stack([nll.sum(1), nll[:, -self.last :].sum(1)], dim=1)
+        return self.sum_over_ranks(trainer, sums)
+
+    def _window_bytes(self, windows: Tensor) -> Tensor:
+        """UTF-8 bytes of every window's predicted text, [documents, windows of a document] float64.
+
+        Special tokens have no bytes. A character cut in two by the edge of a window is off by up to 3 bytes.
+        """
+        length = windows.shape[-1]
+        if length not in self._bytes:
+            flat = [
+                self._text_bytes(window) - self._text_bytes(window[:1]) for window in windows.flatten(0, 1).tolist()
+            ]
+            self._bytes[length] = torch.tensor(flat, dtype=torch.float64).view(windows.shape[:2])
+        return self._bytes[length]
+
+    def _text_bytes(self, tokens: list[int]) -> int:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode())

@@ -1,0 +1,233 @@
+"""The commands behind ``longrope``: LightningCLI for what needs a trainer, plain functions for the rest."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from lightning_longrope.callbacks.comparison import METHODS, MethodComparison, TableAt, method_tables, read_rows
+from lightning_longrope.callbacks.factor_search import FactorSearch
+from lightning_longrope.callbacks.measurement import MeasuringCallback
+from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.files import write_text
+from lightning_longrope.model import rope_geometry
+from lightning_longrope.module import LongRoPEModule
+
+log = logging.getLogger("lightning_longrope")
+
+
+class LongRoPETrainer(Trainer):
+    """Lightning's Trainer with the two commands that measure instead of train."""
+
+    def search(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Searches rescale factors, without an optimizer.
+
+        Args:
+            model: Module around the pretrained model.
+            datamodule: Gives the documents, from its validation split.
+        """
+        searches = [callback for callback in self.callbacks if isinstance(callback, FactorSearch)]  # type: ignore[attr-defined]
+        if len(searches) != 1:
+            raise ValueError(f"`search` needs one FactorSearch in `trainer.callbacks`, got {len(searches)}.")
+        searches[0].alone = True
+        self.validate(model, datamodule=datamodule, verbose=False)
+
+    def compare(
+        self,
+        model: LongRoPEModule,
+        datamodule: LightningDataModule,
+        target_length: int,
+        methods: tuple[str, ...] = METHODS,
+        factors: dict[str, str] | None = None,
+        tuned: dict[str, str] | None = None,
+    ) -> None:
+        """Measures methods of extension on the same documents, with the measuring callbacks of the trainer.
+
+        Args:
+            model: Module around the pretrained model; the methods and ``factors`` are installed in it.
+            datamodule: Gives the documents.
+            target_length: Window to reach in tokens.
+            methods: Published methods to measure.
+            factors: Further tables by name: files of rescale factors.
+            tuned: Further models by name, measured as they are: checkpoints or folders.
+        """
+        measuring = [callback for callback in self.callbacks if isinstance(callback, MeasuringCallback)]  # type: ignore[attr-defined]
+        if not measuring:
+            raise ValueError("`compare` needs callbacks that measure (PerplexityByLength, ...) in `trainer.callbacks`.")
+        model.configure_model()
+        original = rope_geometry(model.model.config).original_length
+        if target_length <= original:
+            raise ValueError(f"`target_length` ({target_length}) must be longer than the model's window ({original}).")
+        tables: dict[str, TableAt | None] = {
+            method: method_tables(method, model.model.config, target_length) for method in methods
+        }
+        tables |= {name: _fixed(RescaleFactors.load(path)) for name, path in (factors or {}).items()}
+        # The comparison calls the measuring callbacks itself, once per method.
+        self.callbacks = [callback for callback in self.callbacks if callback not in measuring]  # type: ignore[attr-defined]
+        folder = Path(self.default_root_dir) / "eval"
+        self._compare(model, datamodule, MethodComparison(tables, measuring, folder / "methods"))
+        for name, path in (tuned or {}).items():
+            other = LongRoPEModule(path, attn_implementation=model.attn_implementation, dtype=model.dtype_name)
+            self._compare(other, datamodule, MethodComparison({name: None}, measuring, folder / "methods"))
+        if self.is_global_zero:
+            names = [*tables, *(tuned or {})]
+            write_text(folder / "results.csv", read_rows([folder / "methods" / f"{name}.csv" for name in names]))
+
+    def _compare(self, model: LightningModule, datamodule: LightningDataModule, comparison: MethodComparison) -> None:
+        self.callbacks.append(comparison)  # type: ignore[attr-defined]
+        try:
+            self.validate(model, datamodule=datamodule, verbose=False)
+        finally:
+            self.callbacks.remove(comparison)  # type: ignore[attr-defined]
+
+
+def _fixed(table: RescaleFactors) -> TableAt:
+    return lambda length: table
+
+
+class LongRoPEParser(LightningArgumentParser):
+    """Parser whose errors are one line."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ValueError(" ".join(message.split())) from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the whole configuration of a run in ``config.yaml`` of its root folder."""
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        write_text(Path(trainer.default_root_dir) / "config.yaml", self.parser.dump(self.config, skip_none=False))
+
+
+class LongRoPECLI(LightningCLI):
+    """LightningCLI with ``LongRoPEModule`` (or a subclass) as the model, and ``search`` and ``compare``.
+
+    Args:
+        args: Words of the command line.
+        check: Parse and stop: nothing is built, no file is opened but the configuration.
+    """
+
+    def __init__(self, args: ArgsType, check: bool = False) -> None:
+        self.check = check
+        super().__init__(
+            LongRoPEModule,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_class=LongRoPETrainer,
+            seed_everything_default=0,
+            parser_class=LongRoPEParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        lightning = LightningCLI.subcommands()
+        own = {name: {"model", "datamodule"} for name in ("search", "compare")}
+        return {name: lightning[name] for name in ("fit", "validate", "test")} | own
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"model": {"class_path": "lightning_longrope.LongRoPEModule"}})
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config[self.subcommand].trainer
+        if str(trainer.precision).startswith("bf16") and not bf16_runs():
+            log.info("This processor has no bf16: going on in float32 (trainer.precision=32-true).")
+            trainer.precision = "32-true"
+
+    @override
+    def _set_seed(self) -> None:
+        if not self.check:
+            super()._set_seed()
+
+    @override
+    def instantiate_classes(self) -> None:
+        if not self.check:
+            super().instantiate_classes()
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if not self.check:
+            super()._run_subcommand(subcommand)
+
+
+def bf16_runs() -> bool:
+    """Whether bf16 is computed by hardware here, on the accelerator or the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def command_line(name: str, function: Callable[..., Any], positionals: tuple[str, ...], arguments: list[str]) -> Any:
+    """Calls ``function`` with words of the command line: ``positionals`` first, every other parameter an option."""
+    parser = _PlainParser(prog=f"longrope {name}", description=(function.__doc__ or "").split("\n")[0])
+    for positional in positionals:
+        parser.add_argument(positional, help=f"see the documentation of `{name}`")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a file with any of these options")
+    parser.add_function_arguments(function, skip=set(positionals), as_positional=False)
+    given = parser.parse_args(arguments).as_dict()
+    given.pop("config", None)
+    return function(**given)
+
+
+class _PlainParser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ValueError(" ".join(message.split())) from ex
+
+
+def run_command(command: str, arguments: list[str]) -> int:
+    """Runs one command of the command line; see ``__main__``.
+
+    Returns:
+        The exit status: 2 after one line on what the user can mend, which starts with ``longrope: error:``.
+    """
+    from lightning_longrope import commands  # the commands import this module
+
+    _quiet()
+    known = {**dict.fromkeys(LongRoPECLI.subcommands(), commands.trainer), "run": commands.run}
+    known |= {"export": commands.export, "report": commands.report}
+    try:
+        if command not in known:
+            raise ValueError(f"there is no command {command!r}; there are {', '.join(known)}.")
+        known[command](command, arguments)
+    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+        if os.environ.get("LONGROPE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"longrope: error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def _quiet() -> None:
+    """Messages of this package on, advice that does not fit its runs off."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*Checkpoint directory .* exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message)

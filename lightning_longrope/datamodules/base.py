@@ -1,0 +1,219 @@
+"""What every datamodule of this package does once its text is known: tokenise, pack, shard, resume, give excerpts."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_longrope.datamodules.loader import ExtraRows, ResumableLoader, RowDataset, RowSampler
+from lightning_longrope.datamodules.token_store import TokenStore, tokenizer_fingerprint
+from lightning_longrope.packing import Documents, PackedRows, excerpts
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+FILLER_LIMIT = 1 << 22  # tokens
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text that becomes one token store.
+
+    Attributes:
+        name: Opens the name of its folder.
+        fingerprint: All that the text depends on, as a string.
+        texts: Reads the documents.
+    """
+
+    name: str
+    fingerprint: str
+    texts: Callable[[], Iterable[str]]
+
+
+class TokenDataModule(LightningDataModule):
+    """Base of the datamodules: a subclass names its ``corpora`` and says how they make the splits.
+
+    Args:
+        seq_len: Tokens of a row, BOS and EOS included.
+        batch_size: Rows of a batch on one device.
+        tokenizer: Hugging Face name or folder; scripts may give a loaded tokenizer.
+        min_document_length: Documents of fewer tokens are left out.
+        seed: Of the split and of the order of documents and rows.
+        num_workers: Processes that load rows.
+        cache_dir: Folder for tokenised text; None keeps it in memory, tokenised anew by every process.
+
+    Raises:
+        ValueError: If a number is too small.
+    """
+
+    def __init__(
+        self,
+        seq_len: int,
+        batch_size: int,
+        tokenizer: str | None,
+        min_document_length: int,
+        seed: int,
+        num_workers: int,
+        cache_dir: str | None,
+    ) -> None:
+        super().__init__()
+        lowest = {"seq_len": (seq_len, 4), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0)}
+        lowest |= {"min_document_length": (min_document_length, 1), "seed": (seed, 0)}
+        for name, (value, least) in lowest.items():
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.min_document_length = min_document_length
+        self.seed = seed
+        self.num_workers = num_workers
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self._tokenizer: Any = tokenizer
+        self._splits: dict[str, Documents] | None = None
+
+    def corpora(self) -> list[Corpus]:
+        """The text, one token store each."""
+        raise NotImplementedError
+
+    def split(self, stores: dict[str, TokenStore]) -> dict[str, Documents]:
+        """Documents of every split there is, from the stores by name; by default a store is named like its split."""
+        return {name: store.documents for name, store in stores.items()}
+
+    def default_tokenizer(self) -> Any:
+        """The tokenizer where none was named."""
+        raise ValueError(f"{type(self).__name__} needs `tokenizer`: the name or folder of a Hugging Face tokenizer.")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, loaded when it is first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = self.default_tokenizer()
+        elif isinstance(self._tokenizer, str | Path):
+            from lightning_longrope.model import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self._tokenizer)
+        return self._tokenizer
+
+    @override
+    def prepare_data(self) -> None:
+        if self.cache_dir is not None:
+            self._stores()
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if self._splits is not None:
+            return
+        splits = self.split(self._stores())
+        self._splits = {name: documents.at_least(self.min_document_length) for name, documents in splits.items()}
+        for name, documents in self._splits.items():
+            log.info("%s: %d documents, %d tokens", name, len(documents), documents.total)
+
+    def documents(self, split: str) -> Documents:
+        """The tokenised documents of a split that are long enough.
+
+        Raises:
+            ValueError: If there is no such split or no document in it.
+        """
+        self.setup()
+        assert self._splits is not None
+        if split not in SPLITS:
+            raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
+        if split not in self._splits:
+            raise ValueError(f"{type(self).__name__} was given no text for the {split} split.")
+        if not len(self._splits[split]):
+            raise ValueError(
+                f"The {split} split holds no document of at least `min_document_length`"
+                f" {self.min_document_length} tokens: give more text or a smaller bound."
+            )
+        return self._splits[split]
+
+    def excerpts(self, split: str, count: int, length: int, seed: int = 0) -> Tensor:
+        """Excerpts that do not overlap, [count, length] int64, from as many documents as can be; begin with BOS.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+            count: Number of excerpts.
+            length: Tokens of each, BOS included.
+            seed: Chooses documents and places, together with the seed of the datamodule.
+
+        Raises:
+            ValueError: If the documents do not hold that many.
+        """
+        rows = excerpts(self.documents(split), count, length, bos=self.tokenizer.bos_token_id, seed=seed)
+        return torch.from_numpy(rows)
+
+    def filler(self, split: str) -> Tensor:
+        """Text of a split to fill prompts with, [N] int64: documents joined without markers, the first 4 Mi tokens."""
+        return torch.from_numpy(self.documents(split).joined(FILLER_LIMIT))
+
+    def extra_rows(self) -> tuple[ExtraRows | None, float]:
+        """Makes training rows of another kind, and their share of all; none by default."""
+        return None, 0.0
+
+    @override
+    def train_dataloader(self) -> ResumableLoader:
+        make, share = self.extra_rows()
+        return self._loader(RowDataset(self._rows("train", shuffle=True, extra_share=share), make), training=True)
+
+    @override
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        return self._evaluation_loader("validation")
+
+    @override
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> ResumableLoader | list[Any]:
+        self.setup()
+        assert self._splits is not None
+        if split not in self._splits:
+            return []
+        return self._loader(RowDataset(self._rows(split, shuffle=False)), training=False)
+
+    def _rows(self, split: str, shuffle: bool, extra_share: float = 0.0) -> PackedRows:
+        rows = PackedRows(
+            self.documents(split),
+            seq_len=self.seq_len,
+            bos=self.tokenizer.bos_token_id,
+            eos=self.tokenizer.eos_token_id,
+            seed=self.seed,
+            shuffle=shuffle,
+            extra_share=extra_share,
+        )
+        log.info("%s: %d rows of %d tokens, %d tokens left out", split, rows.text_rows, self.seq_len, rows.tail)
+        return rows
+
+    def _loader(self, dataset: RowDataset, training: bool) -> ResumableLoader:
+        sharding = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        return ResumableLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=RowSampler(dataset, **sharding, drop_last=training),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _stores(self) -> dict[str, TokenStore]:
+        return {corpus.name: self._store(corpus) for corpus in self.corpora()}
+
+    def _store(self, corpus: Corpus) -> TokenStore:
+        if self.cache_dir is None:
+            return TokenStore.in_memory(corpus.texts(), self.tokenizer)
+        folder = self.cache_dir / f"{corpus.name}-{digest(corpus.fingerprint, tokenizer_fingerprint(self.tokenizer))}"
+        if folder.is_dir():
+            return TokenStore.open(folder, self.tokenizer)
+        log.info("Tokenising %s to %s", corpus.name, folder)
+        return TokenStore.write(folder, corpus.texts(), self.tokenizer)
+
+
+def digest(*parts: Any) -> str:
+    """Short hash of values that JSON can write."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

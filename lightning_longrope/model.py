@@ -1,0 +1,360 @@
+"""Causal language models with exchangeable rotary tables: load one, put rescale factors in it, prove that it took them.
+
+The rotary module is replaced as a whole. Hugging Face's own has float32 tables that ``.to(bfloat16)`` rounds, chooses
+between its two tables from the longest position of a batch, and knows no start tokens.
+
+Shapes: B batch, S sequence, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
+from lightning_longrope.geometry import LAYER_TYPE, RopeGeometry, rope_geometry, rope_parameters
+from lightning_longrope.rotary import RescaledRotary
+
+__all__ = [
+    "RopeGeometry",
+    "candidate_rows",
+    "hidden_states",
+    "install_factors",
+    "installed_factors",
+    "load_model",
+    "load_tokenizer",
+    "output_head",
+    "rope_geometry",
+]
+
+_WEIGHTS_PREFIX = "model."  # of a LongRoPEModule's weights in its checkpoints
+
+
+def install_factors(model: PreTrainedModel, factors: RescaleFactors) -> None:
+    """Puts rescale factors into a model, in place of any it has, and proves that its logits changed.
+
+    Identity factors put the model's own rotary module back, so its logits are those of the pretrained model bit for
+    bit. Weights, the config, training mode and random state are not touched. Where the model cannot run yet (weights
+    on the meta device or partitioned by ZeRO stage 3) the proof is left out.
+
+    Args:
+        model: Any Hugging Face causal language model with one rotary module.
+        factors: The factors; kept as ``model.rescale_factors``.
+
+    Raises:
+        ValueError: If the model has no rotary embedding, another number of frequency pairs, or a kind that cannot be
+            replaced.
+        RuntimeError: If the logits do not depend on the table installed.
+    """
+    decoder, geometry = _rotary_owner(model), _checked_geometry(model, [factors])
+    current, earlier = decoder.rotary_emb, installed_factors(model)
+    stock = current.stock if isinstance(current, RescaledRotary) else current
+    rotary = stock if factors.is_identity else RescaledRotary(stock, [factors], geometry)
+    before = _probe(model, factors.target_length) if _runs(model) and _tables_differ(earlier, factors) else None
+    decoder.rotary_emb = rotary
+    try:
+        if before is not None and torch.equal(before, _probe(model, factors.target_length)):
+            _check_wired(model, decoder, stock, geometry, factors)
+    except BaseException:
+        decoder.rotary_emb = current
+        raise
+    model.rescale_factors = factors
+
+
+def installed_factors(model: PreTrainedModel) -> RescaleFactors | None:
+    """The factors last installed in a model, or None."""
+    return getattr(model, "rescale_factors", None)
+
+
+@contextmanager
+def candidate_rows(model: PreTrainedModel, factors: Sequence[RescaleFactors]) -> Iterator[None]:
+    """Lets row ``b`` of every forward inside the context use ``factors[b]``.
+
+    Many candidates share one forward this way, with the logits each would have alone. What was installed before is
+    back afterwards, whatever happens inside.
+
+    Args:
+        model: Any Hugging Face causal language model with one rotary module.
+        factors: One for each row of the batches inside, B.
+
+    Raises:
+        ValueError: If there are no factors, they do not fit the model, or a batch has another number of rows.
+    """
+    if not factors:
+        raise ValueError("candidate_rows needs at least one set of factors, got none.")
+    decoder, geometry = _rotary_owner(model), _checked_geometry(model, factors)
+    current = decoder.rotary_emb
+    stock = current.stock if isinstance(current, RescaledRotary) else current
+    decoder.rotary_emb = RescaledRotary(stock, factors, geometry, per_row=True)
+    try:
+        yield
+    finally:
+        decoder.rotary_emb = current
+
+
+def _rotary_owner(model: PreTrainedModel) -> Any:
+    """The decoder stack that holds the rotary module as ``rotary_emb``."""
+    rope_parameters(model.config)
+    decoder = model.get_decoder()
+    if not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} has no `rotary_emb` in {type(decoder).__name__}:"
+            " expected a model with one rotary embedding shared by its layers."
+        )
+    return decoder
+
+
+def _checked_geometry(model: PreTrainedModel, factors: Sequence[RescaleFactors]) -> RopeGeometry:
+    """The model's geometry, if all factors fit it."""
+    geometry = rope_geometry(model.config)
+    for table in factors:
+        if table.pairs != geometry.pairs:
+            raise ValueError(
+                f"The model has {geometry.pairs} frequency pairs (rotary size {geometry.rotary_size}),"
+                f" but the factors have {table.pairs} values: they belong to another model."
+            )
+    return geometry
+
+
+def _tables_differ(one: RescaleFactors | None, other: RescaleFactors) -> bool:
+    """Whether two sets of factors make different angles."""
+
+    def table(factors: RescaleFactors | None) -> Any:
+        if factors is None or factors.is_identity:
+            return None
+        return factors.values, factors.start_tokens, factors.attention_factor
+
+    return bool(table(one) != table(other))
+
+
+def _runs(model: PreTrainedModel) -> bool:
+    """Whether a forward is possible now: weights are real and whole."""
+    return not any(p.is_meta or p.numel() == 0 for p in model.parameters())
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, target_length: int) -> Tensor:
+    """Logits of a few tokens spread over the window, [1, S, V], whatever state the model is in."""
+    device = model.get_input_embeddings().weight.device
+    position_ids = torch.linspace(0, target_length - 1, 8, dtype=torch.float64).long().unique()[None].to(device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    input_ids = (torch.arange(position_ids.shape[1], device=device)[None] * 7919 + 1) % vocabulary
+    modes = [(module, module.training) for module in model.modules()]
+    flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+    half = torch.autocast(device.type, torch.bfloat16) if flash and model.dtype == torch.float32 else nullcontext()
+    model.eval()
+    try:
+        with half:
+            # the mask is what tells transformers that jumps in the positions are not borders of documents
+            mask = torch.ones_like(input_ids)
+            return model(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+            ).logits.clone()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _check_wired(
+    model: PreTrainedModel, decoder: Any, stock: nn.Module, geometry: RopeGeometry, factors: RescaleFactors
+) -> None:
+    """Tells a change too small for the model's precision from a rotary module that nobody reads.
+
+    Raises:
+        RuntimeError: If the logits stay the same under tables as far apart as they can be.
+    """
+    installed = decoder.rotary_emb
+    extreme = RescaleFactors((float(factors.target_length),) * geometry.pairs, 2, max(2, factors.target_length))
+    decoder.rotary_emb = RescaledRotary(stock, [extreme], geometry)
+    frozen = _probe(model, factors.target_length)
+    decoder.rotary_emb = stock
+    moves = not torch.equal(frozen, _probe(model, factors.target_length))
+    decoder.rotary_emb = installed
+    if not moves:
+        raise RuntimeError(
+            f"The logits of {type(model).__name__} do not change with its rotary table, so the factors would have no"
+            " effect: its attention layers do not read `rotary_emb`."
+        )
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Final hidden states of a causal model, without its output head, a key-value cache or an attention mask.
+
+    Args:
+        model: The causal language model.
+        input_ids: Tokens, [B, S] int64.
+        position_ids: Positions, [B, S] int64; 0 to S - 1 if None.
+
+    Returns:
+        [B, S, H], normalised as the output head expects it.
+    """
+    return model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """What turns final hidden states [..., H] into the logits [..., V] of a model's own forward.
+
+    Covers the soft cap of Gemma 2 and the logit scales of Cohere, Granite and Falcon-H1.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", 1.0))
+    divisor = float(getattr(config, "logits_scaling", 1.0))
+    if config.model_type == "hyperclovax":  # whose scaling of the same name multiplies
+        scale, divisor = scale * divisor, 1.0
+
+    def logits(hidden: Tensor) -> Tensor:
+        values = head(hidden)
+        if scale != 1 or divisor != 1:
+            values = values * scale / divisor
+        return values if cap is None else torch.tanh(values / cap) * cap
+
+    return logits
+
+
+def load_model(
+    name_or_path: str | Path | None = None,
+    *,
+    config: dict[str, Any] | None = None,
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model, with the rescale factors it was saved with installed.
+
+    Args:
+        name_or_path: A Hugging Face folder or hub name, or a ``.ckpt`` file written by ``LongRoPEModule``.
+        config: Instead of a name: fields of a config, ``model_type`` among them, for a model with random weights.
+        dtype: Type of the weights, ``"float32"``, ``"bfloat16"`` or ``"float16"``, or a torch dtype.
+        attn_implementation: Attention kernel; ``"auto"`` takes FlashAttention 2 where it is installed, there is a CUDA
+            device and the type is a half one; otherwise torch's own (sdpa), or eager for models that have no other.
+        trust_remote_code: Let a hub model run its own code.
+
+    Returns:
+        The model on the CPU, in evaluation mode if its weights were loaded and in training mode if they are random.
+
+    Raises:
+        ValueError: If not exactly one of the two sources is given, it cannot be loaded, or ``config`` has unknown keys.
+    """
+    if (name_or_path is None) == (config is None):
+        raise ValueError("Give either a model's name or path, or a `config` for random weights.")
+    kind = _dtype(dtype)
+    how = {"dtype": kind, "attn_implementation": _attention(attn_implementation, kind)}
+    if config is not None:
+        return AutoModelForCausalLM.from_config(_config_of(config), **how)
+    path = Path(str(name_or_path))
+    if path.suffix == ".ckpt":
+        return _load_checkpoint(path, how)
+    try:
+        if (path / FACTORS_FILE).is_file():
+            return _load_exported(path, how, trust_remote_code)
+        return AutoModelForCausalLM.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **how)
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("model", str(name_or_path), error)) from error
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or hub name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(name_or_path))
+    except (OSError, ValueError) as error:
+        raise ValueError(_cannot_load("tokenizer", str(name_or_path), error)) from error
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    """One line on a name that leads nowhere."""
+    if Path(name).is_dir():
+        tried = "it is a folder, but not one that transformers can load"
+    else:
+        tried = "there is no such folder here, and as a hub name it did not resolve"
+    return f"Cannot load a {what} from {name!r}: {tried} ({str(error).strip().splitlines()[0]})."
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name."""
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f"`dtype` must be the name of a floating type such as 'float32' or 'bfloat16', got {dtype!r}.")
+    return kind
+
+
+def _attention(implementation: str, dtype: torch.dtype) -> str | None:
+    """The attention kernel that `auto` stands for; None leaves it to transformers, which takes sdpa where it can."""
+    if implementation != "auto":
+        return implementation
+    flash = torch.cuda.is_available() and is_flash_attn_2_available() and dtype in (torch.float16, torch.bfloat16)
+    return "flash_attention_2" if flash else None
+
+
+def _config_of(entries: dict[str, Any]) -> Any:
+    """A config object from its fields.
+
+    Raises:
+        ValueError: If the model type is missing or unknown, or a field is unknown to it.
+    """
+    rest = dict(entries)
+    model_type = rest.pop("model_type", None)
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise ValueError(f"`config` needs a `model_type` that transformers knows, got {model_type!r}.") from error
+    known = set(default.to_dict()) | {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "head_dim"}
+    known |= {field.name for field in fields(default)} if is_dataclass(default) else set()
+    if unknown := sorted(set(rest) - known):
+        raise ValueError(f"`config` has keys that a {model_type} model does not know: {', '.join(unknown)}.")
+    return AutoConfig.for_model(model_type, **rest)
+
+
+def _load_exported(path: Path, how: dict[str, Any], trust_remote_code: bool) -> PreTrainedModel:
+    """A folder written by ``export_model``: the pretrained model it came from plus its exact table."""
+    factors = RescaleFactors.load(path / FACTORS_FILE, monotone=False)
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    _undo_rescaling(config.get_text_config(), factors)
+    model = AutoModelForCausalLM.from_pretrained(str(path), config=config, trust_remote_code=trust_remote_code, **how)
+    install_factors(model, factors)
+    return model
+
+
+def _undo_rescaling(config: Any, factors: RescaleFactors) -> None:
+    """Makes a config that of the pretrained model again, so that identity factors give that model."""
+    stock = {
+        name: value
+        for name, value in rope_parameters(config).items()
+        if name in ("rope_theta", "partial_rotary_factor")
+    } | {"rope_type": "default"}
+    nested = isinstance(config.rope_parameters.get(LAYER_TYPE), dict)
+    config.rope_parameters = {**config.rope_parameters, LAYER_TYPE: stock} if nested else stock
+    config.max_position_embeddings = factors.original_length
+
+
+def _load_checkpoint(path: Path, how: dict[str, Any]) -> PreTrainedModel:
+    """The model of a checkpoint written by ``LongRoPEModule``."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a sharded checkpoint: consolidate it into one file first.")
+    if not path.is_file():
+        raise ValueError(f"No checkpoint at {path}.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if "longrope" not in checkpoint:
+        raise ValueError(f"{path} was not written by LongRoPEModule: it has no `longrope` entry.")
+    entries = dict(checkpoint["longrope"]["config"])
+    config = AutoConfig.for_model(entries.pop("model_type"), **entries)
+    model = AutoModelForCausalLM.from_config(config, **how)
+    weights = {
+        name.removeprefix(_WEIGHTS_PREFIX): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(_WEIGHTS_PREFIX)
+    }
+    model.load_state_dict(weights, strict=True)
+    if (factors := checkpoint["longrope"]["factors"]) is not None:
+        install_factors(model, RescaleFactors.from_dict(factors))
+    return model.eval()

@@ -1,0 +1,200 @@
+"""The LightningModule around a rescaled model: loss, optimizer, and factors that travel in the checkpoint."""
+
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.losses import chunked_nll
+from lightning_longrope.metrics import Perplexity
+from lightning_longrope.model import hidden_states, install_factors, installed_factors, load_model, output_head
+from lightning_longrope.optimizers import Schedule
+from lightning_longrope.scoring import token_nll
+
+log = logging.getLogger(__name__)
+
+
+class LongRoPEModule(LightningModule):
+    """Trains and evaluates a causal language model whose rotary embedding is rescaled.
+
+    Subclass it to change the loss or the optimizer; ``self.model`` is a plain Hugging Face model. The factors are
+    saved in every checkpoint and installed again when one is loaded.
+
+    Args:
+        name_or_path: Hugging Face name or folder, or a ``.ckpt`` this class has written.
+        config: Instead of ``name_or_path``: the Hugging Face config of a new model with random weights,
+            ``model_type`` included.
+        factors: File of rescale factors to install (JSON, Microsoft CSV, Hugging Face folder).
+        optimizer: Optimizer, called with ``parameter_groups()``.
+        schedule: Learning rate over the steps of the run.
+        attn_implementation: Attention of the model; ``auto`` takes FlashAttention where it runs, else sdpa.
+        dtype: Type of the weights as they are loaded.
+        gradient_checkpointing: Keep only layer inputs for the backward pass.
+        compile_layers: Compile each decoder layer for training steps; goes on without if no compiler is found.
+        trust_remote_code: Let a hub model run its own code.
+
+    Raises:
+        ValueError: If not exactly one of ``name_or_path`` and ``config`` is given.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | None = None,
+        config: dict[str, Any] | None = None,
+        factors: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        attn_implementation: str = "auto",
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if (name_or_path is None) == (config is None):
+            raise ValueError(
+                "`model` needs either `name_or_path` (a pretrained model) or `config` (a new one),"
+                f" got name_or_path={name_or_path!r} and config={'a dict' if config else config!r}."
+            )
+        self.name_or_path = name_or_path
+        self.config = config
+        self.factors = factors
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.attn_implementation = attn_implementation
+        self.dtype_name = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile_layers
+        self.trust_remote_code = trust_remote_code
+        self.model: Any = None
+        self.perplexity = Perplexity()
+
+    @override
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        self.model = load_model(
+            self.name_or_path,
+            config=self.config,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+        if self.config is not None:
+            scale_initial_weights(self.model)
+        if self.factors is not None:
+            install_factors(self.model, RescaleFactors.load(self.factors))
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @override
+    def on_fit_start(self) -> None:
+        if self.compile_layers:
+            compile_decoder_layers(self.model)
+
+    @override
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits of every position, [B, S, V]; scoring and training never call this for long rows."""
+        return output_head(self.model)(hidden_states(self.model, input_ids))
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        hidden = hidden_states(self.model, batch["input_ids"])[:, :-1]
+        weights = batch["weights"][:, 1:].reshape(-1) if "weights" in batch else None
+        nll, count = chunked_nll(
+            hidden.reshape(-1, hidden.shape[-1]), output_head(self.model), batch["labels"][:, 1:].reshape(-1), weights
+        )
+        loss = nll / count
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        kept = batch["labels"][:, 1:] != -100
+        nll = token_nll(self.model, batch["input_ids"])
+        self.perplexity.update((nll.double() * kept).sum(), kept.sum())
+        self.log("val_perplexity", self.perplexity, prog_bar=True, batch_size=len(kept))
+
+    @override
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Trainable parameters in two groups: the matrices of the layers, marked ``matrices``, and all others."""
+        layers = decoder_layers(self.model)
+        inside = {id(p) for p in layers.parameters() if p.ndim == 2}
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trainable if id(p) in inside], "matrices": True},
+            {"params": [p for p in trainable if id(p) not in inside], "matrices": False},
+        ]
+
+    @override
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        optimizer = self.optimizer(self.parameter_groups())  # type: ignore[arg-type]
+        scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        factors = installed_factors(self.model)
+        checkpoint["longrope"] = {
+            "config": self.model.config.to_dict(),
+            "factors": factors.to_dict() if factors else None,
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("longrope", {}).get("factors")
+        if saved is not None:
+            install_factors(self.model, RescaleFactors.from_dict(saved))
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of decoder layers of a Hugging Face model.
+
+    Raises:
+        ValueError: If the base model has no list of layers.
+    """
+    lists: Iterator[nn.ModuleList] = (m for m in model.base_model.children() if isinstance(m, nn.ModuleList))
+    layers = next(lists, None)
+    if layers is None:
+        raise ValueError(f"{type(model).__name__} keeps no list of decoder layers where Hugging Face models do.")
+    return layers
+
+
+def compile_decoder_layers(model: Any) -> None:
+    """Compiles each layer in place; says so and leaves the model as it is where there is no C++ compiler.
+
+    Layers and not the whole model: a compiled model builds dense attention masks.
+    """
+    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        log.info("No C++ compiler (g++, clang++) found: training goes on without torch.compile.")
+        return
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=False)
+
+
+@torch.no_grad()
+def scale_initial_weights(model: Any) -> None:
+    """Initial weights for training from scratch: matrices at 1/sqrt(fan in), residual outputs smaller with depth.
+
+    The two outputs a layer adds to the residual stream are divided by sqrt(2 x layers), so that the stream keeps
+    its size. Embeddings and norms stay as Hugging Face makes them.
+    """
+    layers = decoder_layers(model)
+    residual = {"o_proj", "down_proj", "dense", "dense_4h_to_h"}
+    for name, module in layers.named_modules():
+        if isinstance(module, nn.Linear):
+            std = 1 / math.sqrt(module.in_features)
+            if name.rsplit(".", 1)[-1] in residual:
+                std /= math.sqrt(2 * len(layers))
+            nn.init.normal_(module.weight, std=std)

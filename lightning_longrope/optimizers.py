@@ -1,0 +1,102 @@
+"""Optimizers and schedules that one ``LongRoPEModule`` needs and torch does not have as one object."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Muon, Optimizer
+from transformers import get_scheduler
+
+
+class MuonAdamW(Optimizer):
+    """Muon for hidden matrices and AdamW for everything else, as the one optimizer Lightning's automatic mode takes.
+
+    Groups marked ``matrices: True`` (see ``LongRoPEModule.parameter_groups``) go to ``torch.optim.Muon`` with updates
+    scaled to AdamW's size, so both share a learning rate.
+
+    Args:
+        params: Parameter groups; a group without the mark goes to AdamW.
+        lr: Learning rate of both.
+        momentum: Momentum of Muon.
+        weight_decay: Weight decay of the matrices; the others have none.
+        betas: Betas of AdamW.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 6e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        groups = [dict(group) for group in params]
+        matrices = [group for group in groups if group.get("matrices")]
+        others = [group for group in groups if not group.get("matrices")]
+        if not matrices or not others:
+            raise ValueError(
+                "MuonAdamW needs a group marked `matrices: True` and one without, as `LongRoPEModule.parameter_groups`"
+                f" gives them; got {len(matrices)} with and {len(others)} without."
+            )
+        self._muon = Muon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self._adamw = AdamW(others, lr=lr, betas=betas, weight_decay=0.0)
+        super().__init__(self._muon.param_groups + self._adamw.param_groups, {})
+        # The same dictionaries as the parts': a schedule that sets `lr` here reaches them.
+        self.param_groups = self._muon.param_groups + self._adamw.param_groups
+
+    @property
+    def _parts(self) -> tuple[Optimizer, Optimizer]:
+        return self._muon, self._adamw
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Any) -> Any: ...
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of both parts, after the closure if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        self._share_state()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of both parts, in the form of one optimizer."""
+        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what ``state_dict`` gave."""
+        for part, name in zip(self._parts, ("muon", "adamw"), strict=True):
+            part.load_state_dict(state_dict[name])
+        self.param_groups = self._muon.param_groups + self._adamw.param_groups
+        self._share_state()
+
+    def _share_state(self) -> None:
+        self.state.update(chain.from_iterable(part.state.items() for part in self._parts))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate over the optimizer steps of a run.
+
+    Attributes:
+        name: A name of ``transformers.get_scheduler``: linear, cosine_with_min_lr, constant_with_warmup, ...
+        warmup_steps: Steps over which the rate rises.
+        options: Further arguments of that schedule, such as ``min_lr_rate``.
+    """
+
+    name: str = "linear"
+    warmup_steps: int = 20
+    options: dict[str, Any] | None = None
+
+    def build(self, optimizer: Optimizer, total_steps: int) -> Any:
+        """The scheduler for a run of ``total_steps`` optimizer steps."""
+        return get_scheduler(self.name, optimizer, self.warmup_steps, total_steps, self.options)

@@ -1,0 +1,151 @@
+"""Recipes: a folder of numbered stage files, run in order, finished stages skipped, a cut one resumed.
+
+A stage file ``<n>-<name>.yaml`` is the configuration of one command with two more keys: ``command``, and ``short``
+with the values that ``--short`` puts in place of others. ``{out}`` in any text stands for the recipe's output folder.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STAGE_NAME = re.compile(r"\d+-[A-Za-z0-9_-]+\.yaml")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe, ready to run.
+
+    Attributes:
+        name: File name without ``.yaml``.
+        command: Which ``longrope`` command runs it.
+        config: Configuration of the command, ``{out}`` replaced.
+        out: Output folder of the recipe.
+    """
+
+    name: str
+    command: str
+    config: dict[str, Any]
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage writes."""
+        return self.out / self.name
+
+    @property
+    def digest(self) -> str:
+        """Short name of the configuration, to notice when it has changed."""
+        return hashlib.sha256(json.dumps([self.command, self.config], sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """What ``done.json`` says, None if the stage has not ended."""
+        path = self.folder / "done.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_stage(path: Path, out: Path, *, short: bool = False) -> Stage:
+    """Reads a stage file.
+
+    Args:
+        path: The YAML file.
+        out: Output folder of the recipe, put in place of ``{out}``.
+        short: Apply the values under ``short``.
+
+    Raises:
+        ValueError: If the file is missing, not a YAML mapping, or ``short`` names a value that is not there.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a mapping of options, got {type(config).__name__}.")
+    command = config.pop("command", "fit")
+    changes = config.pop("short", {})
+    if short:
+        for key, value in changes.items():
+            _set(config, key, value, path)
+    config = map_texts(config, lambda text: text.replace("{out}", str(out)))
+    return Stage(path.stem, command, config, out)
+
+
+def read_recipe(recipe: Path, out: Path, *, short: bool = False) -> list[Stage]:
+    """The stages of a recipe in the order of their numbers.
+
+    Raises:
+        ValueError: If the folder is missing or holds no stage file.
+    """
+    paths = [path for path in recipe.glob("*.yaml") if STAGE_NAME.fullmatch(path.name)]
+    if not paths:
+        raise ValueError(f"The recipe {recipe} must be a folder with stage files such as `1-search.yaml`, found none.")
+    return [read_stage(path, out, short=short) for path in sorted(paths, key=lambda path: int(path.stem.split("-")[0]))]
+
+
+def with_seed(stage: Stage, seed: int) -> Stage:
+    """The stage with every ``seed`` in it set, and ``seed_everything`` where the command has it."""
+
+    def change(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: seed if key == "seed" else change(entry) for key, entry in value.items()}
+        return [change(entry) for entry in value] if isinstance(value, list) else value
+
+    config = change(stage.config)
+    if "trainer" in config:
+        config["seed_everything"] = seed
+    return replace(stage, config=config)
+
+
+def from_model(stages: list[Stage], name_or_path: str) -> list[Stage]:
+    """The recipe for a model that is there already: without the stages that make one from a ``config``.
+
+    What the later stages take from a stage left out becomes the given model, and its tokenizer is used where a stage
+    names none.
+    """
+    made = [stage for stage in stages if _model_arguments(stage).get("config") is not None]
+    folders = tuple(f"{stage.folder}/" for stage in made)
+    kept = []
+    for stage in stages:
+        if stage in made:
+            continue
+        config = map_texts(stage.config, lambda text: name_or_path if text.startswith(folders) else text)
+        takes_tokenizer = config if stage.command == "export" else config.get("data", {}).get("init_args", {})
+        if takes_tokenizer.get("tokenizer") is None:
+            takes_tokenizer["tokenizer"] = name_or_path
+        kept.append(replace(stage, config=config))
+    return kept
+
+
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of nested mappings and lists with every text changed."""
+    if isinstance(value, dict):
+        return {key: map_texts(entry, change) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [map_texts(entry, change) for entry in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _model_arguments(stage: Stage) -> dict[str, Any]:
+    model = stage.config.get("model")
+    return model.get("init_args", {}) if isinstance(model, dict) else {}
+
+
+def _set(config: dict[str, Any], key: str, value: Any, path: Path) -> None:
+    """Sets a value by its dotted key; list entries go by their index."""
+    *parents, last = key.split(".")
+    node: Any = config
+    try:
+        for parent in parents:
+            node = node[int(parent)] if isinstance(node, list) else node[parent]
+        node[last]  # noqa: B018  a misspelt key must not add a value
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ValueError(f"`short` in {path} names `{key}`, which the configuration does not have.") from error
+    node[last] = value

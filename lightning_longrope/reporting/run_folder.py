@@ -1,0 +1,219 @@
+"""A run folder as data: what each stage configured, searched, trained and measured. Reads, never writes."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.reporting.results import Result, Results, join_results, read_results
+from lightning_longrope.search.journal import read_journal
+
+
+@dataclass(frozen=True)
+class Search:
+    """A factor search, finished or not."""
+
+    evaluations: tuple[dict[str, Any], ...]
+    """Lines of ``history.jsonl``: evaluation, origin, score (None where it was not finite), parts, seconds."""
+    state: dict[str, Any]
+    """``state.json``: objective, lengths, counts, scores of the baselines."""
+    factors: RescaleFactors | None
+    """The best factors; None until the search has ended."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One logged loss over the steps of a stage."""
+
+    metric: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One folder of a run; every part may be missing."""
+
+    name: str
+    folder: Path | None = None
+    config: str | None = None
+    """Text of ``config.yaml``."""
+    results: tuple[Result, ...] = ()
+    search: Search | None = None
+    losses: tuple[Curve, ...] = ()
+    command: str | None = None
+    seconds: float | None = None
+    status: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe's folder, or a single stage's."""
+
+    folder: Path
+    name: str
+    stages: tuple[Stage, ...]
+    results: Results
+    about: dict[str, Any]
+    """``run.json``: command, seed, versions, machine."""
+    notes: tuple[str, ...] = field(default=())
+    """What could not be read, one sentence each."""
+
+    def rope_base(self, stage: Stage) -> float | None:
+        """Base of the rotary embedding: what the search wrote down, else the first ``rope_theta`` of the configs."""
+        known = stage.search.state.get("base") if stage.search else None
+        configs = [stage.config, *(other.config for other in self.stages)]
+        found = [known, *(_find(_yaml(text), "rope_theta") for text in configs if text)]
+        return next((float(value) for value in found if value is not None), None)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads a recipe's folder with its stages, or the folder of a single stage.
+
+    A part that is missing is left out. One that cannot be read becomes a note, except measurements: those are an error.
+
+    Raises:
+        ValueError: If the folder is missing or holds nothing to report, or a ``results.csv`` is damaged.
+    """
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
+        raise ValueError(f"No run at `{folder}`: expected the folder that `longrope run` or `longrope fit` wrote.")
+    notes: list[str] = []
+    about = _read_mapping(folder / "run.json", notes)
+    stages = _stages(folder, about, notes)
+    if not any(stage.config or stage.results or stage.search or stage.losses for stage in stages):
+        raise ValueError(
+            f"Nothing to report in `{folder}`: expected config.yaml, search/, eval/results.csv or metrics.csv"
+            " there or in the folder of a stage."
+        )
+    results, replaced = join_results([stage.results for stage in stages])
+    if replaced:
+        notes.append(f"{replaced} measurements were made by two stages with different values; the later one is shown.")
+    name = Path(str(about.get("recipe") or folder.name)).name
+    return Run(folder, name, stages, results, about, tuple(notes))
+
+
+def _stages(folder: Path, about: dict[str, Any], notes: list[str]) -> tuple[Stage, ...]:
+    """Stages in the order of ``run.json``, others after them by number; a stage that left no folder is kept."""
+    listed = about.get("stages")
+    entries = {str(entry["name"]): entry for entry in listed or [] if isinstance(entry, dict) and "name" in entry}
+    folders = {path.name: path for path in sorted(folder.iterdir(), key=_number) if _is_stage(path)}
+    if _is_stage(folder):
+        folders[folder.name] = folder
+    return tuple(_stage(name, folders.get(name), entries.get(name, {}), notes) for name in {**entries, **folders})
+
+
+def _is_stage(path: Path) -> bool:
+    parts = ("config.yaml", "search", "eval/results.csv", "metrics.csv", "lightning_logs")
+    return path.is_dir() and any((path / part).exists() for part in parts)
+
+
+def _stage(name: str, folder: Path | None, entry: dict[str, Any], notes: list[str]) -> Stage:
+    seconds = entry.get("seconds")
+    done: dict[str, Any] = {
+        "command": _optional_text(entry.get("command")),
+        "seconds": float(seconds) if isinstance(seconds, int | float) else None,
+        "status": _optional_text(entry.get("status")),
+    }
+    if folder is None:
+        return Stage(name, **done)
+    results = folder / "eval" / "results.csv"
+    return Stage(
+        name,
+        folder,
+        config=_text(folder / "config.yaml"),
+        results=tuple(read_results(results)) if results.is_file() else (),
+        search=_search(folder / "search", notes),
+        losses=_losses(folder, notes),
+        **done,
+    )
+
+
+def _search(folder: Path, notes: list[str]) -> Search | None:
+    """A search folder, or None if there is nothing in it."""
+    journal, state, factors = (folder / name for name in ("history.jsonl", "state.json", "factors.json"))
+    search = Search(
+        evaluations=tuple(_try(lambda: read_journal(journal)[1], journal, notes) or ()),
+        state=_read_mapping(state, notes),
+        factors=_try(lambda: RescaleFactors.load(factors, monotone=False), factors, notes),
+    )
+    return search if search.evaluations or search.state or search.factors else None
+
+
+def _losses(folder: Path, notes: list[str]) -> tuple[Curve, ...]:
+    """Every logged loss; where a run was resumed, a later version of the log replaces the steps it repeats."""
+    curves: dict[str, dict[int, float]] = {}
+    patterns = ("metrics.csv", "*/metrics.csv", "*/version_*/metrics.csv")
+    for path in sorted((path for pattern in patterns for path in folder.glob(pattern)), key=_number):
+        for metric, step, value in _try(lambda path=path: _logged_losses(path), path, notes) or ():  # type: ignore[misc]
+            curves.setdefault(metric, {})[step] = value
+    return tuple(Curve(metric, *_columns(values)) for metric, values in sorted(curves.items(), key=_training_first))
+
+
+def _logged_losses(path: Path) -> list[tuple[str, int, float]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            (column.removesuffix("_step"), int(row["step"]), float(text))
+            for row in csv.DictReader(file)
+            for column, text in row.items()
+            if text and "loss" in column and not column.endswith("_epoch")
+        ]
+
+
+def _columns(values: dict[int, float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    steps = sorted(values)
+    return tuple(steps), tuple(values[step] for step in steps)
+
+
+def _training_first(item: tuple[str, Any]) -> tuple[bool, str]:
+    return not item[0].startswith("train"), item[0]
+
+
+def _try(read: Callable[[], Any], path: Path, notes: list[str]) -> Any:
+    """What ``read`` gives; None if the file is not there, or not readable, which is noted."""
+    if not path.is_file():
+        return None
+    try:
+        return read()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        notes.append(f"{path.parent.name}/{path.name} could not be read: {error}")
+        return None
+
+
+def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+    value = _try(lambda: json.loads(path.read_text(encoding="utf-8")), path, notes)
+    return value if isinstance(value, dict) else {}
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def _number(path: Path) -> list[tuple[int, str]]:
+    """Natural order: 2-search before 10-export, version_9 before version_10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+
+
+def _find(tree: Any, key: str) -> Any:
+    """The first value under ``key`` at any depth."""
+    if isinstance(tree, dict) and tree.get(key) is not None:
+        return tree[key]
+    branches = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return next((found for branch in branches if (found := _find(branch, key)) is not None), None)

@@ -1,0 +1,303 @@
+"""What the measurements say, in sentences: computed from the table, and careful where it is within the noise.
+
+Two measurements are compared by the 95 % interval of their difference, made from their own intervals ("square and
+add", Zou and Donner 2008; Newcombe's for proportions): accuracies as they are, everything else by its logarithm.
+That takes the two as independent. On the same documents they are not, and the true interval is mostly narrower;
+where a paired one was measured (metric ``<metric>_over_<baseline>``, a ratio), it is used instead.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_longrope.reporting.names import (
+    ACCURACIES,
+    length_text,
+    method_name,
+    method_order,
+    metric_name,
+    value_text,
+)
+from lightning_longrope.reporting.results import Result, Results
+
+Outcome = Literal["better", "same", "worse", "unknown"]
+
+BASELINES = ("none", "linear", "ntk", "dynamic_ntk", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measurement against another of the same metric and length."""
+
+    ours: Result
+    theirs: Result
+    change: float
+    """Ratio minus 1; for accuracies the difference. Negative is lower."""
+    low: float | None
+    high: float | None
+    """95 % interval of ``change``; None where an interval is missing."""
+    outcome: Outcome
+    """"same" if the interval holds zero, "unknown" without an interval."""
+
+
+@dataclass(frozen=True)
+class Extension:
+    """One step from a window to a longer one, and the names its measurements go by."""
+
+    prefix: str = ""
+    """``second_`` for the second extension."""
+    original_length: int | None = None
+    target_length: int | None = None
+    tuned: str = "tuned"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number for the top of the page."""
+
+    label: str
+    value: str
+    note: str
+    outcome: Outcome = "unknown"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The headline, the sentences under it and the numbers beside it."""
+
+    headline: str
+    sentences: tuple[str, ...]
+    tiles: tuple[Tile, ...]
+
+
+def compare(ours: Result, theirs: Result, paired: Result | None = None) -> Comparison:
+    """Compares two measurements of one metric.
+
+    Args:
+        ours: The measurement in question.
+        theirs: What it is held against; its value is finite.
+        paired: Ratio of the two on the same documents, with its interval, if that was measured.
+    """
+    plain = ours.metric in ACCURACIES
+    if not _usable(ours):
+        return Comparison(ours, theirs, math.nan, None, None, "worse")
+    if paired is not None and _has_interval(paired):
+        change, low, high = paired.value - 1, _shifted(paired.low), _shifted(paired.high)
+    else:
+        change, low, high = _difference(ours, theirs, logarithm=not plain)
+    if low is None or high is None:
+        return Comparison(ours, theirs, change, None, None, "unknown")
+    if low <= 0 <= high:
+        return Comparison(ours, theirs, change, low, high, "same")
+    return Comparison(ours, theirs, change, low, high, "better" if (change > 0) == plain else "worse")
+
+
+def _difference(ours: Result, theirs: Result, *, logarithm: bool) -> tuple[float, float | None, float | None]:
+    """Difference and its 95 % interval; with ``logarithm`` the ratio minus 1 and its interval."""
+
+    def scaled(value: float) -> float:
+        return math.log(value) if logarithm else value
+
+    def unscaled(value: float) -> float:
+        return math.expm1(value) if logarithm else value
+
+    a, b = scaled(ours.value), scaled(theirs.value)
+    if not (_has_interval(ours) and _has_interval(theirs)):
+        return unscaled(a - b), None, None
+    ends = (ours.low, ours.high, theirs.low, theirs.high)
+    a_low, a_high, b_low, b_high = (scaled(end) for end in ends if end is not None)
+    low = a - b - math.hypot(a - a_low, b_high - b)
+    high = a - b + math.hypot(a_high - a, b - b_low)
+    return unscaled(a - b), unscaled(low), unscaled(high)
+
+
+def _has_interval(row: Result) -> bool:
+    """Whether the ends are there and mean something; a bootstrap over one document has no width."""
+    if row.low is None or row.high is None or not (math.isfinite(row.low) and math.isfinite(row.high)):
+        return False
+    return row.metric in ACCURACIES or 0 < row.low < row.high
+
+
+def _shifted(end: float | None) -> float | None:
+    return None if end is None else end - 1
+
+
+def _usable(row: Result) -> bool:
+    return math.isfinite(row.value) and (row.metric in ACCURACIES or row.value > 0)
+
+
+def clause(comparison: Comparison, name: str) -> str:
+    """The comparison in words: "5.0 % below YaRN (13.10)", with its interval when it is within the noise."""
+    theirs = f"{name} ({value_text(comparison.theirs.metric, comparison.theirs.value)})"
+    if math.isnan(comparison.change):
+        return f"which is no finite loss; it was held against {theirs}"
+    percent = 100 * comparison.change
+    if comparison.ours.metric in ACCURACIES:
+        size, unit = f"{abs(percent):.0f} points", "points"
+        words = f"as many as {theirs}" if abs(percent) < 0.5 else f"{size} {_more(percent)} than {theirs}"
+    else:
+        unit = "%"
+        size = f"{abs(percent):.1f} %"
+        words = f"level with {theirs}" if abs(percent) < 0.05 else f"{size} {_above(percent)} {theirs}"
+    if comparison.outcome == "same":
+        ends = f"{100 * (comparison.low or 0):+.1f} to {100 * (comparison.high or 0):+.1f} {unit}"
+        return f"{words}, which is within the noise (95 % interval of the difference: {ends})"
+    return f"{words}, which may be noise: no interval was recorded" if comparison.outcome == "unknown" else words
+
+
+def _more(percent: float) -> str:
+    return "more" if percent > 0 else "fewer"
+
+
+def _above(percent: float) -> str:
+    return "above" if percent > 0 else "below"
+
+
+def verdict(results: Results, extensions: Sequence[Extension]) -> Verdict:
+    """Sums up a table of measurements; every number is in the table or is the difference of two that are."""
+    headlines, sentences, tiles = [], [], []
+    for extension in extensions or (Extension(),):
+        headline, said, shown = _extension(results, extension)
+        headlines += headline
+        sentences += said
+        tiles += shown
+    if not headlines:
+        headlines, sentences = _without_search(results)
+    return Verdict(" ".join(headlines), tuple(sentences), tuple(tiles))
+
+
+def _extension(results: Results, extension: Extension) -> tuple[list[str], list[str], list[Tile]]:
+    """Headline, sentences and tiles of the searched factors and of what was tuned from them."""
+    subject = f"{extension.prefix}searched"
+    claims = {metric: _claim(results, extension, subject, metric) for metric in _SENTENCES}
+    made = {metric: claim for metric, claim in claims.items() if claim is not None}
+    if not made:
+        return [], [], []
+    sentences = [
+        _SENTENCES[metric].format(
+            who="The searched factors" if not extension.prefix else "The factors of the second search",
+            value=value_text(metric, claim.ours.value),
+            length=length_text(claim.ours.length),
+        )
+        + f", {clause(claim, method_name(claim.theirs.method))}."
+        for metric, claim in made.items()
+    ]
+    tiles = [_tile(metric, claim) for metric, claim in made.items()]
+    after, tuned_tiles = _tuned(results, extension, made)
+    return [_headline(extension, made)], sentences + after, tiles + tuned_tiles
+
+
+_SENTENCES = {
+    "perplexity": "{who} read {length} tokens at perplexity {value}",
+    "perplexity_last128": "Over the last 128 of {length} tokens the perplexity is {value}",
+    "passkey": "At {length} tokens {value} of the hidden pass keys are repeated",
+}
+_SHORT_NAMES = {"perplexity": "perplexity", "perplexity_last128": "the last 128 tokens", "passkey": "pass keys"}
+_VERBS: dict[Outcome, tuple[str, str]] = {
+    "better": ("beat the best baseline", "beat it"),
+    "same": ("are within the noise of the best baseline", "are within the noise"),
+    "worse": ("lose to the best baseline", "lose to it"),
+    "unknown": ("have no interval to be compared by", "have no interval to be compared by"),
+}
+
+
+def _claim(results: Results, extension: Extension, subject: str, metric: str) -> Comparison | None:
+    """``subject`` against the best baseline, at the target length or, if not measured there, the longest one."""
+    lengths = [length for length in results.lengths(metric) if results.get(subject, metric, length)]
+    preferred = sorted(lengths, key=lambda length: (length == extension.target_length, length), reverse=True)
+    for length in preferred:
+        ours, theirs = results.get(subject, metric, length), best_baseline(results, extension.prefix, metric, length)
+        if ours and theirs:
+            paired = results.get(subject, f"{metric}_over_{theirs.method}", length)
+            return compare(ours, theirs, paired)
+    return None
+
+
+def best_baseline(results: Results, prefix: str, metric: str, length: int) -> Result | None:
+    """The best of the methods that need no search, by ``metric`` at ``length``; None if none was measured."""
+    found = [results.get(f"{prefix}{method}", metric, length) for method in BASELINES]
+    usable = [row for row in found if row is not None and _usable(row)]
+    return _best(usable) if usable else None
+
+
+def _best(rows: Sequence[Result]) -> Result:
+    # the later method wins a tie: being level with no change at all says less than being level with YaRN
+    order = -1 if rows[0].metric in ACCURACIES else 1
+    return min(reversed(rows), key=lambda row: order * row.value)
+
+
+def _headline(extension: Extension, claims: dict[str, Comparison]) -> str:
+    """One sentence: where the searched factors win, tie and lose."""
+    main = {metric: claim for metric, claim in claims.items() if metric in ("perplexity", "passkey")} or claims
+    groups: dict[Outcome, list[str]] = {}
+    for metric, claim in main.items():
+        groups.setdefault(claim.outcome, []).append(_SHORT_NAMES[metric])
+    order: tuple[Outcome, ...] = ("better", "worse", "same", "unknown")
+    parts = [(outcome, " and ".join(groups[outcome])) for outcome in order if outcome in groups]
+    first = f"{_VERBS[parts[0][0]][0]} on {parts[0][1]}"
+    others = [f"on {metrics} they {_VERBS[outcome][1]}" for outcome, metrics in parts[1:]]
+    who = "the factors of the second search" if extension.prefix else "the searched factors"
+    length = length_text(next(iter(main.values())).ours.length)
+    return f"At {length} tokens {who} {'; '.join([first, *others])}."
+
+
+def _tile(metric: str, claim: Comparison) -> Tile:
+    name, ours = method_name(claim.theirs.method), claim.ours
+    label = f"{_SHORT_NAMES[metric]}, {length_text(ours.length)} tokens"
+    label = f"perplexity of {label}" if metric == "perplexity_last128" else label
+    note = f"{name} {value_text(metric, claim.theirs.value)}"
+    note += {"better": "", "worse": ", worse", "same": ", within the noise", "unknown": ", no interval"}[claim.outcome]
+    return Tile(f"{method_name(ours.method)}: {label}", value_text(metric, ours.value), note, claim.outcome)
+
+
+def _tuned(results: Results, extension: Extension, claims: dict[str, Comparison]) -> tuple[list[str], list[Tile]]:
+    """What tuning added to the searched factors, and what it cost in the pretrained window."""
+    parts, tiles = [], []
+    for metric, form in (("perplexity", "perplexity {}"), ("passkey", "{} of the pass keys")):
+        before = claims.get(metric)
+        after = results.get(extension.tuned, metric, before.ours.length) if before else None
+        if before and after and _usable(before.ours):
+            change = compare(after, before.ours)
+            parts.append(f"{form.format(value_text(metric, after.value))}, {clause(change, 'the untuned factors')}")
+            note = f"untuned {value_text(metric, before.ours.value)}"
+            label = f"tuned: {_SHORT_NAMES[metric]}, {length_text(after.length)} tokens"
+            tiles.append(Tile(label, value_text(metric, after.value), note, change.outcome))
+    sentences = [f"After tuning: {'; '.join(parts)}."] if parts else []
+    return sentences + _short_window(results, extension), tiles
+
+
+def _short_window(results: Results, extension: Extension) -> list[str]:
+    """The price of tuning at the pretrained length, if it was measured."""
+    length = extension.original_length
+    if extension.prefix or length is None:
+        return []
+    before, after = (results.get(method, "perplexity", length) for method in ("none", extension.tuned))
+    if before is None or after is None or not _usable(before):
+        return []
+    words = clause(compare(after, before), "the unchanged model")
+    value = value_text("perplexity", after.value)
+    return [f"At the pretrained {length_text(length)} tokens the tuned model reads at perplexity {value}, {words}."]
+
+
+def _without_search(results: Results) -> tuple[list[str], list[str]]:
+    """The best of what there is, where no searched factors were held against a baseline."""
+    for metric in ("perplexity", "passkey", *results.metrics):
+        for length in reversed(results.lengths(metric)):
+            rows = [results.get(method, metric, length) for method in results.methods(metric)]
+            usable = sorted((row for row in rows if row and _usable(row)), key=lambda row: method_order(row.method))
+            if usable:
+                return ["No searched factors were held against a baseline."], [_best_of(usable)]
+    return ["Nothing has been measured yet."], []
+
+
+def _best_of(rows: Sequence[Result]) -> str:
+    best = _best(rows)
+    others = [row for row in rows if row is not best]
+    value = value_text(best.metric, best.value)
+    name = _SHORT_NAMES.get(best.metric, metric_name(best.metric))
+    start = f"At {length_text(best.length)} tokens {method_name(best.method)} has {name} {value}"
+    if not others:
+        return f"{start}; no other method was measured."
+    second = _best(others)
+    return f"{start}, the best of {len(rows)} methods: {clause(compare(best, second), method_name(second.method))}."

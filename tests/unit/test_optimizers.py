@@ -1,0 +1,76 @@
+"""One optimizer that is two: the same steps as Muon and AdamW run by hand, and a state that continues them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_longrope.optimizers import MuonAdamW, Schedule
+
+
+def model_and_groups():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    return model, [
+        {"params": [model[0].weight, model[1].weight], "matrices": True},
+        {"params": [model[0].bias, model[1].bias], "matrices": False},
+    ]
+
+
+def train(model, optimizers, steps, start=0):
+    for step in range(start, start + steps):
+        inputs = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+        model(inputs).pow(2).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_steps_are_those_of_the_two_optimizers_side_by_side():
+    model, groups = model_and_groups()
+    ours = train(model, [MuonAdamW(groups, lr=0.01)], 4)
+    model, groups = model_and_groups()
+    muon = torch.optim.Muon(
+        groups[0]["params"], lr=0.01, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(groups[1]["params"], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    for one, other in zip(ours, train(model, [muon, adamw], 4), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_restored_optimizer_continues_as_if_nothing_had_happened():
+    model, groups = model_and_groups()
+    optimizer = MuonAdamW(groups, lr=0.01)
+    train(model, [optimizer], 3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(model, [optimizer], 3, start=3)
+
+    model, groups = model_and_groups()
+    optimizer = MuonAdamW(groups, lr=0.5)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    for one, other in zip(expected, train(model, [optimizer], 3, start=3), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_schedule_reaches_both_parts():
+    model, groups = model_and_groups()
+    optimizer = MuonAdamW(groups, lr=0.01)
+    scheduler = Schedule("linear", warmup_steps=2).build(optimizer, total_steps=4)
+    before = train(model, [], 0)
+    assert all(
+        torch.equal(old, new) for old, new in zip(before, train(model, [optimizer], 1), strict=True)
+    )  # a rate of 0 at the first warm-up step
+    rates = []
+    for _ in range(4):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [[0.0] * 2, [0.005] * 2, [0.01] * 2, [0.005] * 2]
+
+
+def test_groups_without_the_mark_are_refused_in_one_line():
+    with pytest.raises(ValueError, match="parameter_groups"):
+        MuonAdamW([{"params": [nn.Parameter(torch.zeros(2, 2))]}])

@@ -1,0 +1,87 @@
+"""Recipes: order, placeholders, seeds, a given model, and what cannot be read."""
+
+import pytest
+import yaml
+
+from lightning_longrope.recipes import from_model, read_recipe, read_stage, with_seed
+
+PRETRAIN = {
+    "command": "fit",
+    "trainer": {"max_steps": 100},
+    "model": {"init_args": {"config": {"model_type": "llama"}}},
+    "data": {"init_args": {"seed": 0}},
+    "short": {"trainer.max_steps": 2},
+}
+SEARCH = {
+    "command": "search",
+    "trainer": {"callbacks": [{"init_args": {"seed": 0, "documents": 5}}]},
+    "model": {"init_args": {"name_or_path": "{out}/1-pretrain/checkpoints/last.ckpt"}},
+    "data": {"init_args": {"seed": 0}},
+    "short": {"trainer.callbacks.0.init_args.documents": 1},
+}
+EXPORT = {"command": "export", "run": "{out}/2-search", "out": "{out}/hf"}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    for name, content in (("10-export", EXPORT), ("1-pretrain", PRETRAIN), ("2-search", SEARCH)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "notes.yaml").write_text("not: a stage")
+    return tmp_path
+
+
+def test_stages_come_in_the_order_of_their_numbers_with_their_folder_filled_in(recipe, tmp_path):
+    stages = read_recipe(recipe, tmp_path / "out")
+    assert [(stage.name, stage.command) for stage in stages] == [
+        ("1-pretrain", "fit"), ("2-search", "search"), ("10-export", "export")]  # fmt: skip
+    assert stages[1].config["model"]["init_args"]["name_or_path"] == f"{tmp_path}/out/1-pretrain/checkpoints/last.ckpt"
+    assert stages[0].config["trainer"]["max_steps"] == 100
+    assert "short" not in stages[0].config
+
+
+def test_short_replaces_values_in_lists_too(recipe, tmp_path):
+    stages = read_recipe(recipe, tmp_path, short=True)
+    assert stages[0].config["trainer"]["max_steps"] == 2
+    assert stages[1].config["trainer"]["callbacks"][0]["init_args"]["documents"] == 1
+
+
+def test_the_seed_reaches_every_seed(recipe, tmp_path):
+    stages = [with_seed(stage, 7) for stage in read_recipe(recipe, tmp_path)]
+    assert stages[0].config["seed_everything"] == 7
+    assert stages[0].config["data"]["init_args"]["seed"] == 7
+    assert stages[1].config["trainer"]["callbacks"][0]["init_args"] == {"seed": 7, "documents": 5}
+    assert "seed_everything" not in stages[2].config
+
+
+def test_a_given_model_takes_the_place_of_what_the_first_stage_would_have_made(recipe, tmp_path):
+    stages = from_model(read_recipe(recipe, tmp_path / "out"), "my/model")
+    assert [stage.name for stage in stages] == ["2-search", "10-export"]
+    assert stages[0].config["model"]["init_args"]["name_or_path"] == "my/model"
+    assert stages[0].config["data"]["init_args"]["tokenizer"] == "my/model"
+    assert stages[1].config["tokenizer"] == "my/model"
+    assert stages[1].config["run"] == f"{tmp_path}/out/2-search"
+
+
+def test_a_changed_configuration_has_another_digest(recipe, tmp_path):
+    first, changed = (read_recipe(recipe, tmp_path, short=short)[0].digest for short in (False, True))
+    assert first != changed
+    assert first == read_recipe(recipe, tmp_path)[0].digest
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "Cannot read"), ("a: [1", "not valid YAML"), ("- 1", "must hold a mapping"),
+     ("command: fit\nshort: {trainer.max_step: 3}\ntrainer: {max_steps: 1}", "names `trainer.max_step`")],
+)  # fmt: skip
+def test_a_stage_that_cannot_be_read_is_named(tmp_path, text, message):
+    path = tmp_path / "1-a.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_stage(path, tmp_path, short=True)
+    assert "1-a.yaml" in str(error.value)
+
+
+def test_a_folder_without_stages_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="found none"):
+        read_recipe(tmp_path / "nothing", tmp_path)

@@ -1,0 +1,116 @@
+"""Scores against Hugging Face's own loss, one candidate and one document at a time."""
+
+import math
+
+import pytest
+import torch
+from helpers import tiny_llama
+
+from lightning_longrope import scoring
+from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.model import install_factors
+from lightning_longrope.scoring import SearchDocument, greedy_matches, score_candidates, search_documents, token_nll
+
+SHAPE = {"rotary_size": 16, "base": 10_000.0, "original_length": 32, "target_length": 64}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def documents():
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(96, (64,), generator=generator) for _ in range(3)]
+    # Two shapes: documents whose answers differ in length cannot share a pass.
+    return [SearchDocument(rows[0], 5), SearchDocument(rows[1], 5), SearchDocument(rows[2], 4)]
+
+
+@pytest.fixture
+def candidates():
+    odd = RescaleFactors((1.0, 1.1, 1.3, 1.5, 1.7, 1.9, 2.2, 2.4), 32, 64, start_tokens=6, attention_factor=1.1)
+    return [RescaleFactors.none(**SHAPE), RescaleFactors.yarn(**SHAPE), RescaleFactors.linear(**SHAPE), odd]
+
+
+def hugging_face_nll(factors, tokens):
+    """nll of each token from the stock forward with one candidate installed alone, in float64."""
+    model = tiny_llama()
+    install_factors(model, factors)
+    with torch.no_grad():
+        logits = model(tokens[None]).logits[0, :-1].double()
+    return (logits.logsumexp(-1) - logits.gather(-1, tokens[1:, None])[:, 0]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("objective", "combine"),
+    [("perplexity", lambda t, a: t), ("needle", lambda t, a: a), ("mixed", lambda t, a: t + a)],
+)
+@pytest.mark.parametrize("batch_tokens", [1, 128, 100_000])
+def test_scores_are_those_of_candidates_alone(model, candidates, documents, objective, combine, batch_tokens):
+    scores = score_candidates(model, candidates, documents, objective, batch_tokens=batch_tokens)
+    assert len({score.value for score in scores}) == len(candidates)  # no two candidates look alike
+    for factors, score in zip(candidates, scores, strict=True):
+        text, answer = [], []
+        for document in documents:
+            nll = hugging_face_nll(factors, document.tokens)
+            text += nll[: -document.answer]
+            answer += nll[-document.answer :]
+        expected = combine(sum(text) / len(text), sum(answer) / len(answer))
+        assert score.value == pytest.approx(expected, abs=5e-6)
+
+
+class Ranks:
+    """Ranks run one after another: each adds its part to one tensor, as an all-reduce would."""
+
+    def __init__(self, rank, world_size, total):
+        self.rank, self.world_size, self.total, self.calls = rank, world_size, total, 0
+
+    def sum(self, values):
+        self.total.append(values)
+        return torch.stack(self.total).sum(0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_share_the_passes_and_agree_bit_for_bit(model, candidates, documents, world_size, monkeypatch):
+    alone = score_candidates(model, candidates, documents, "mixed", batch_tokens=128)
+    parts, passes, real = [], [], scoring._score
+    original = torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: passes[-1].append(1) or original(stance))
+    for rank in range(world_size):
+        passes.append([])
+        workers = Ranks(rank, world_size, parts)
+        if rank < world_size - 1:  # sums before the last rank has added its part are not whole
+            monkeypatch.setattr("lightning_longrope.scoring._score", lambda row, objective: row)
+        else:
+            monkeypatch.setattr("lightning_longrope.scoring._score", real)
+        together = score_candidates(model, candidates, documents, "mixed", batch_tokens=128, workers=workers)
+    assert together == alone
+    assert len({len(calls) for calls in passes}) == 1  # collective operations need equal numbers of forwards
+    assert len(passes[0]) == math.ceil(6 / world_size)
+
+
+def test_token_nll_at_the_last_rows_of_a_batch(model):
+    tokens = torch.randint(96, (3, 40), generator=torch.Generator().manual_seed(4))
+    nll = token_nll(model, tokens)
+    for row, values in zip(tokens, nll.tolist(), strict=True):
+        assert values == pytest.approx(hugging_face_nll(RescaleFactors.none(**SHAPE), row), abs=2e-5)
+
+
+def test_greedy_matches_is_what_generation_would_say(model):
+    prompt = torch.randint(96, (1, 20), generator=torch.Generator().manual_seed(5))
+    generated = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert greedy_matches(model, generated, 6).all()
+    wrong = generated.clone()
+    wrong[0, -3] = (wrong[0, -3] + 1) % 96
+    assert greedy_matches(model, wrong, 6)[0, :4].tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("texts", "objective", "message"),
+    [([], "perplexity", "at least one"), ([torch.zeros(9)], "perplexity", "at least 10"),
+     ([torch.zeros(10)], "mixed", "needs a tokenizer")],
+)  # fmt: skip
+def test_documents_that_cannot_be_searched_on_are_refused(texts, objective, message):
+    with pytest.raises(ValueError, match=message):
+        search_documents(texts, 10, objective)
