@@ -10,12 +10,19 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_longrope.callbacks.comparison import METHODS, MethodComparison, TableAt, method_tables, read_rows
+from lightning_longrope.callbacks.comparison import (
+    METHODS,
+    MethodComparison,
+    TableAt,
+    method_tables,
+    read_rows,
+    settings_digest,
+)
 from lightning_longrope.callbacks.factor_search import FactorSearch
 from lightning_longrope.callbacks.measurement import MeasuringCallback
 from lightning_longrope.factors import RescaleFactors
@@ -36,7 +43,7 @@ class LongRoPETrainer(Trainer):
             model: Module around the pretrained model.
             datamodule: Gives the documents, from its validation split.
         """
-        searches = [callback for callback in self.callbacks if isinstance(callback, FactorSearch)]  # type: ignore[attr-defined]
+        searches = [callback for callback in self._callbacks if isinstance(callback, FactorSearch)]
         if len(searches) != 1:
             raise ValueError(f"`search` needs one FactorSearch in `trainer.callbacks`, got {len(searches)}.")
         searches[0].alone = True
@@ -61,34 +68,47 @@ class LongRoPETrainer(Trainer):
             factors: Further tables by name: files of rescale factors.
             tuned: Further models by name, measured as they are: checkpoints or folders.
         """
-        measuring = [callback for callback in self.callbacks if isinstance(callback, MeasuringCallback)]  # type: ignore[attr-defined]
+        measuring = [callback for callback in self._callbacks if isinstance(callback, MeasuringCallback)]
         if not measuring:
             raise ValueError("`compare` needs callbacks that measure (PerplexityByLength, ...) in `trainer.callbacks`.")
         model.configure_model()
         original = rope_geometry(model.model.config).original_length
         if target_length <= original:
             raise ValueError(f"`target_length` ({target_length}) must be longer than the model's window ({original}).")
+        loaded = {name: RescaleFactors.load(path) for name, path in (factors or {}).items()}
         tables: dict[str, TableAt | None] = {
             method: method_tables(method, model.model.config, target_length) for method in methods
         }
-        tables |= {name: _fixed(RescaleFactors.load(path)) for name, path in (factors or {}).items()}
+        tables |= {name: _fixed(table) for name, table in loaded.items()}
         # The comparison calls the measuring callbacks itself, once per method.
-        self.callbacks = [callback for callback in self.callbacks if callback not in measuring]  # type: ignore[attr-defined]
+        self._callbacks[:] = [callback for callback in self._callbacks if callback not in measuring]
         folder = Path(self.default_root_dir) / "eval"
-        self._compare(model, datamodule, MethodComparison(tables, measuring, folder / "methods"))
+        models = {name: _version(path) for name, path in {"": model.name_or_path, **(tuned or {})}.items()}
+        parts = folder / f"methods-{settings_digest([*measuring, datamodule], target_length, models, loaded)}"
+        self._compare(model, datamodule, MethodComparison(tables, measuring, parts))
         for name, path in (tuned or {}).items():
             other = LongRoPEModule(path, attn_implementation=model.attn_implementation, dtype=model.dtype_name)
-            self._compare(other, datamodule, MethodComparison({name: None}, measuring, folder / "methods"))
+            self._compare(other, datamodule, MethodComparison({name: None}, measuring, parts))
         if self.is_global_zero:
             names = [*tables, *(tuned or {})]
-            write_text(folder / "results.csv", read_rows([folder / "methods" / f"{name}.csv" for name in names]))
+            write_text(folder / "results.csv", read_rows([parts / f"{name}.csv" for name in names]))
+
+    @property
+    def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        return callbacks
 
     def _compare(self, model: LightningModule, datamodule: LightningDataModule, comparison: MethodComparison) -> None:
-        self.callbacks.append(comparison)  # type: ignore[attr-defined]
+        self._callbacks.append(comparison)
         try:
             self.validate(model, datamodule=datamodule, verbose=False)
         finally:
-            self.callbacks.remove(comparison)  # type: ignore[attr-defined]
+            self._callbacks.remove(comparison)
+
+
+def _version(path: str | None) -> list[Any]:
+    """A model's path and, where it is a file or folder here, when it was written."""
+    return [path, Path(path).stat().st_mtime if path and Path(path).exists() else None]
 
 
 def _fixed(table: RescaleFactors) -> TableAt:
@@ -229,5 +249,9 @@ def _quiet() -> None:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*Checkpoint directory .* exists and is not empty.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
         warnings.filterwarnings("ignore", message)

@@ -67,7 +67,9 @@ def run(command: str, arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="output folder; runs/<recipe> by default")
     parser.add_argument("--seed", type=int, help="seed of every stage, in place of those in the files")
     parser.add_argument("--short", action="store_true", help="few steps, for tests")
-    parser.add_argument("--model.name_or_path", dest="model", help="a pretrained model; stages that make one are left out")
+    parser.add_argument(
+        "--model.name_or_path", dest="model", help="a pretrained model; stages that make one are left out"
+    )
     given, overrides = parser.parse_known_args(arguments)
     out = given.out or Path("runs") / given.recipe.resolve().name
     stages = read_recipe(given.recipe, out, short=given.short)
@@ -91,7 +93,7 @@ def run(command: str, arguments: list[str]) -> None:
         else:
             log.info("[%d/%d] %s is finished, skipped", number, len(stages), stage.name)
         _write_record(out, record, stages)
-    if rank_zero_only.rank == 0:
+    if _is_main_process():
         from lightning_longrope.reporting import write_report
 
         sys.stdout.write(f"{write_report(out)}\n")
@@ -137,13 +139,13 @@ def _run_stage(stage: Stage, overrides: list[str]) -> None:
     # What a stage leaves in memory is no business of the next one.
     gc.collect()
     torch.compiler.reset()
-    if rank_zero_only.rank == 0:
+    if _is_main_process():
         seconds = round(time.perf_counter() - begin, 1)
         write_json(stage.folder / "done.json", {"config": stage.digest, "seconds": seconds})
 
 
 def _write_record(out: Path, record: dict[str, Any], stages: list[Stage]) -> None:
-    if rank_zero_only.rank:
+    if not _is_main_process():
         return
     rows = [
         {"name": stage.name, "command": stage.command}
@@ -151,6 +153,10 @@ def _write_record(out: Path, record: dict[str, Any], stages: list[Stage]) -> Non
         for stage in stages
     ]
     write_json(out / "run.json", {**record, "stages": rows})
+
+
+def _is_main_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _machine() -> str:
@@ -223,7 +229,6 @@ def find_checkpoint(run: Path) -> Path:
 
 def report(command: str, arguments: list[str]) -> None:
     """``longrope report RUN``."""
-
     from lightning_longrope.reporting import write_report
 
     def write(run: str) -> Path:
@@ -235,5 +240,3 @@ def report(command: str, arguments: list[str]) -> None:
         return write_report(Path(run))
 
     sys.stdout.write(f"{command_line(command, write, ('run',), arguments)}\n")
-
-

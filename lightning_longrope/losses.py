@@ -59,6 +59,10 @@ def chunked_nll(
     total = hidden.new_zeros((), dtype=torch.float32)
     single = hidden.shape[0] <= chunk or not torch.is_grad_enabled()
     for states, targets, shares in zip(hidden.split(chunk), labels.split(chunk), weights.split(chunk), strict=True):
-        nll = _chunk_nll(head, states, targets) if single else checkpoint(_chunk_nll, head, states, targets, use_reentrant=False)
+        nll = (
+            _chunk_nll(head, states, targets)
+            if single
+            else checkpoint(_chunk_nll, head, states, targets, use_reentrant=False)
+        )
         total = total + (nll * shares).sum()
     return total, weights.sum()

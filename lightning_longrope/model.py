@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import is_flash_attn_2_available
 
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
-from lightning_longrope.geometry import LAYER_TYPE, RopeGeometry, rope_geometry, rope_parameters
+from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
 from lightning_longrope.rotary import RescaledRotary
 
 __all__ = [
@@ -30,8 +30,12 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "output_head",
+    "probe_logits",
     "rope_geometry",
 ]
+
+PRETRAINED_ROPE = "pretrained_rope"
+"""Key of an exported config.json that keeps the rotary fields the model had before it was extended."""
 
 _WEIGHTS_PREFIX = "model."  # of a LongRoPEModule's weights in its checkpoints
 
@@ -55,11 +59,12 @@ def install_factors(model: PreTrainedModel, factors: RescaleFactors) -> None:
     decoder, geometry = _rotary_owner(model), _checked_geometry(model, [factors])
     current, earlier = decoder.rotary_emb, installed_factors(model)
     stock = current.stock if isinstance(current, RescaledRotary) else current
+    positions = _spread(factors.target_length)
     rotary = stock if factors.is_identity else RescaledRotary(stock, [factors], geometry)
-    before = _probe(model, factors.target_length) if _runs(model) and _tables_differ(earlier, factors) else None
+    before = probe_logits(model, positions) if _runs(model) and _tables_differ(earlier, factors) else None
     decoder.rotary_emb = rotary
     try:
-        if before is not None and torch.equal(before, _probe(model, factors.target_length)):
+        if before is not None and torch.equal(before, probe_logits(model, positions)):
             _check_wired(model, decoder, stock, geometry, factors)
     except BaseException:
         decoder.rotary_emb = current
@@ -139,11 +144,18 @@ def _runs(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, target_length: int) -> Tensor:
-    """Logits of a few tokens spread over the window, [1, S, V], whatever state the model is in."""
-    device = model.get_input_embeddings().weight.device
-    position_ids = torch.linspace(0, target_length - 1, 8, dtype=torch.float64).long().unique()[None].to(device)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+def probe_logits(model: PreTrainedModel, position_ids: Tensor) -> Tensor:
+    """Logits of a few fixed tokens at given positions, whatever state the model is in; it leaves no trace.
+
+    Args:
+        model: The causal language model.
+        position_ids: Increasing positions in tokens, [1, S] int64; gaps do not part documents here.
+
+    Returns:
+        [1, S, V] in the type of the model.
+    """
+    device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.shape[0]
+    position_ids = position_ids.to(device)
     input_ids = (torch.arange(position_ids.shape[1], device=device)[None] * 7919 + 1) % vocabulary
     modes = [(module, module.training) for module in model.modules()]
     flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
@@ -153,12 +165,17 @@ def _probe(model: PreTrainedModel, target_length: int) -> Tensor:
         with half:
             # the mask is what tells transformers that jumps in the positions are not borders of documents
             mask = torch.ones_like(input_ids)
-            return model(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
-            ).logits.clone()
+            output = model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
+            return output.logits.clone()
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _spread(target_length: int) -> Tensor:
+    """A few positions over the whole window, [1, S] int64."""
+    positions = torch.linspace(0, target_length - 1, 8, dtype=torch.float64, device="cpu")
+    return positions.long().unique()[None]
 
 
 def _check_wired(
@@ -169,12 +186,12 @@ def _check_wired(
     Raises:
         RuntimeError: If the logits stay the same under tables as far apart as they can be.
     """
-    installed = decoder.rotary_emb
+    installed, positions = decoder.rotary_emb, _spread(factors.target_length)
     extreme = RescaleFactors((float(factors.target_length),) * geometry.pairs, 2, max(2, factors.target_length))
     decoder.rotary_emb = RescaledRotary(stock, [extreme], geometry)
-    frozen = _probe(model, factors.target_length)
+    frozen = probe_logits(model, positions)
     decoder.rotary_emb = stock
-    moves = not torch.equal(frozen, _probe(model, factors.target_length))
+    moves = not torch.equal(frozen, probe_logits(model, positions))
     decoder.rotary_emb = installed
     if not moves:
         raise RuntimeError(
@@ -319,22 +336,20 @@ def _load_exported(path: Path, how: dict[str, Any], trust_remote_code: bool) -> 
     """A folder written by ``export_model``: the pretrained model it came from plus its exact table."""
     factors = RescaleFactors.load(path / FACTORS_FILE, monotone=False)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    _undo_rescaling(config.get_text_config(), factors)
+    _undo_rescaling(config.get_text_config())
     model = AutoModelForCausalLM.from_pretrained(str(path), config=config, trust_remote_code=trust_remote_code, **how)
     install_factors(model, factors)
     return model
 
 
-def _undo_rescaling(config: Any, factors: RescaleFactors) -> None:
+def _undo_rescaling(config: Any) -> None:
     """Makes a config that of the pretrained model again, so that identity factors give that model."""
-    stock = {
-        name: value
-        for name, value in rope_parameters(config).items()
-        if name in ("rope_theta", "partial_rotary_factor")
-    } | {"rope_type": "default"}
-    nested = isinstance(config.rope_parameters.get(LAYER_TYPE), dict)
-    config.rope_parameters = {**config.rope_parameters, LAYER_TYPE: stock} if nested else stock
-    config.max_position_embeddings = factors.original_length
+    pretrained = getattr(config, PRETRAINED_ROPE, None)
+    if pretrained is None:  # someone put a table next to a stock model
+        return
+    delattr(config, PRETRAINED_ROPE)
+    for name, value in pretrained.items():
+        setattr(config, name, value)
 
 
 def _load_checkpoint(path: Path, how: dict[str, Any]) -> PreTrainedModel:

@@ -139,7 +139,7 @@ class LongRoPEModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        optimizer = self.optimizer(self.parameter_groups())  # type: ignore[arg-type]
+        optimizer = self.optimizer(self.parameter_groups())
         scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

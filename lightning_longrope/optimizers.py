@@ -6,7 +6,6 @@ from itertools import chain
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import get_scheduler
 

@@ -145,7 +145,7 @@ def _set(config: dict[str, Any], key: str, value: Any, path: Path) -> None:
     try:
         for parent in parents:
             node = node[int(parent)] if isinstance(node, list) else node[parent]
-        node[last]  # noqa: B018  a misspelt key must not add a value
+        node[last]
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ValueError(f"`short` in {path} names `{key}`, which the configuration does not have.") from error
     node[last] = value

@@ -88,7 +88,8 @@ class PasskeyPrompts:
         self._bos: list[int] = [] if bos is None else [bos]
         self._eos: list[int] = [] if eos is None else [eos]
         self._preamble = self._encode(PREAMBLE) if self.filler == "appendix" else []
-        self._needle = [self._encode_after(left, piece) for left, piece in zip("x00", NEEDLE, strict=True)]
+        lefts = ("x", "0", "0")  # a letter before the needle's newline, a digit of the key before the rest
+        self._needle = [self._encode_after(left, piece) for left, piece in zip(lefts, NEEDLE, strict=True)]
         self._question = self._encode_after("x", QUESTION)
         self._newline = self._encode_after("0", "\n")
         first, again = self._encode_after("x\n", GRASS), self._encode_after(GRASS, " " + GRASS)

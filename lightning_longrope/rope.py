@@ -182,7 +182,7 @@ def yarn_factors(
     if low == high:
         high += 0.001
     keep = 1 - ((pair - low) / (high - low)).clamp(0, 1)  # m: 1 keeps the pretrained speed
-    return _factors_of_speeds((1 - keep) / scale + keep)
+    return 1 / ((1 - keep) / scale + keep)
 
 
 def llama3_factors(
@@ -225,7 +225,7 @@ def llama3_factors(
         )
     turns = original_length * pretrained_inv_freq(rotary_size=rotary_size, base=base) / (2 * math.pi)
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return _factors_of_speeds((1 - keep) / slow + keep)
+    return 1 / ((1 - keep) / slow + keep)
 
 
 def longrope_attention_factor(*, original_length: int, target_length: int) -> float:
@@ -312,8 +312,3 @@ def _ntk(scale: float, *, rotary_size: int, base: float) -> Tensor:
     if pairs < 2:
         raise ValueError(f"NTK scaling needs a `rotary_size` of at least 4, got {rotary_size}.")
     return scale ** (torch.arange(pairs, dtype=torch.float64, device="cpu") / (pairs - 1))
-
-
-def _factors_of_speeds(speeds: Tensor) -> Tensor:
-    """Factors of relative speeds (1 = pretrained), never below 1 through rounding."""
-    return (1 / speeds).clamp(min=1.0)

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, R rotary size, F = R / 2 frequency pairs.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,16 +94,22 @@ def _single(table: Tensor) -> Tensor:
     return table[..., : table.shape[-1] // 2]
 
 
+def rotary_output(rotary: nn.Module, position_ids: Tensor) -> Any:
+    """What a rotary module, its own or ours, gives the full-attention layers of its model in float32."""
+    x = torch.zeros(len(position_ids), position_ids.shape[1], 1, device=position_ids.device)
+    stock = rotary.stock if isinstance(rotary, RescaledRotary) else rotary
+    layered = isinstance(getattr(stock, "rope_type", None), dict)
+    with torch.no_grad():
+        return rotary(x, position_ids, LAYER_TYPE) if layered else rotary(x, position_ids)
+
+
 def _layout(stock: nn.Module, geometry: RopeGeometry) -> Callable[[Tensor], Tensor]:
     """How a rotary module lays out its pairs: twice in halves (Llama), each twice (Cohere) or once (GPT-OSS)."""
     if any(buffer.is_meta for buffer in stock.buffers()):
         with torch.device("cpu"):
             stock = type(stock)(stock.config)
     device = next((buffer.device for buffer in stock.buffers()), torch.device("cpu"))
-    x, position_ids = torch.zeros(1, 2, 1, device=device), torch.tensor([[1, 2]], device=device)
-    layered = isinstance(getattr(stock, "rope_type", None), dict)
-    with torch.no_grad():
-        output = stock(x, position_ids, LAYER_TYPE) if layered else stock(x, position_ids)
+    output = rotary_output(stock, torch.tensor([[1, 2]], device=device))
     cos = output[0] if isinstance(output, tuple) else None
     if cos is not None and cos.shape == (1, 2, geometry.rotary_size):
         if torch.equal(cos[..., : geometry.pairs], cos[..., geometry.pairs :]):

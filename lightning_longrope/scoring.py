@@ -140,7 +140,9 @@ def search_documents(
     if objective == "perplexity":
         return [SearchDocument(text[:length]) for text in texts]
     if tokenizer is None:
-        raise ValueError(f"The objective {objective!r} asks questions and needs a tokenizer; pass one or use 'perplexity'.")
+        raise ValueError(
+            f"The objective {objective!r} asks questions and needs a tokenizer; pass one or use 'perplexity'."
+        )
     documents = []
     for index, text in enumerate(texts):
         prompts = PasskeyPrompts(tokenizer, filler="text", text=text, seed=seed)

@@ -68,6 +68,7 @@ def search_factors(
     max_evaluations: int | None = None,
     seed: int = 0,
     pinned: int | None = None,
+    start_tokens: tuple[int, ...] = (0,),
     space: SearchSpace | None = None,
     folder: str | Path | None = None,
     batch_tokens: int = 16384,
@@ -91,7 +92,9 @@ def search_factors(
         seed: Of the candidates and the pass keys.
         pinned: Number of fastest frequency pairs held at 1, which protects retrieval; an eighth of them, 4 at most,
             by default.
-        space: The search space, instead of the default one with ``pinned``.
+        start_tokens: Allowed numbers of first tokens that keep their pretrained angles. Only 0 by default: small models
+            gain nothing from others, and Hugging Face cannot express them.
+        space: The search space, instead of one of ``pinned`` and ``start_tokens``.
         folder: Where ``history.jsonl``, ``state.json``, ``factors.json`` and ``rescale_factors.csv`` go. A search
             that was cut continues there exactly.
         batch_tokens: Tokens per forward pass; rows of different candidates share one.
@@ -114,7 +117,7 @@ def search_factors(
             )
         shape = {name: getattr(geometry, name) for name in ("rotary_size", "base", "original_length")}
         pinned = min(4, geometry.pairs // 8) if pinned is None else pinned
-        space = SearchSpace(**shape, target_length=target_length, pinned=pinned)
+        space = SearchSpace(**shape, target_length=target_length, pinned=pinned, start_tokens=start_tokens)
     objective = objective or ("perplexity" if tokenizer is None else "mixed")
     rows = search_documents(documents, target_length, objective, tokenizer, seed)
     algorithm = (algorithm or RampSearch()).start(space, seed, max_evaluations)

@@ -1,5 +1,6 @@
 """Tokenizers of three families, trained on the spot on made-up text without digits in it."""
 
+import json
 from functools import cache
 from typing import Any
 
@@ -35,25 +36,21 @@ def byte_level(split_digits: bool = True, bos: bool = True) -> Any:
 @cache
 def sentencepiece_like() -> Any:
     """Like Llama 2: a space before every text, spaces as "▁", newlines and rare letters as bytes."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=list("▁0123456789"), show_progress=False
+    )
+    words = ["▁" + word for word in TEXT.split() if word.isascii()]
+    trained.train_from_iterator(words, trainer)
+    learned = json.loads(trained.to_str())["model"]
+    vocabulary = learned["vocab"] | {f"<0x{byte:02X}>": len(learned["vocab"]) + byte for byte in range(256)}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    trainer = trainers.BpeTrainer(
-        vocab_size=800,
-        special_tokens=SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)],
-        initial_alphabet=list("0123456789"),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([w.replace("é", "").replace("Å", "") for w in TEXT.split()], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def decode(tokenizer: Any, tokens: Any) -> str:

@@ -1,7 +1,9 @@
 """Measures many methods of extension on the same documents and prompts, with the callbacks that measure one."""
 
 import csv
+import hashlib
 import io
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,6 +94,19 @@ class MethodComparison(Callback):
                 install_factors(module.model, table_at(length))
 
         return [(method, found) for callback in self.measuring for found in callback.measure(trainer, module, install)]
+
+
+def settings_digest(parts: Sequence[object], *values: object) -> str:
+    """Short name of all that decides a measurement: the settings of callbacks and datamodules, and further values.
+
+    Settings are public attributes with plain values, as a constructor takes them.
+    """
+    plain = (bool, int, float, str, tuple, type(None))
+    settings = [
+        [type(part).__name__, {k: v for k, v in vars(part).items() if k[0] != "_" and isinstance(v, plain)}]
+        for part in parts
+    ]
+    return hashlib.sha256(json.dumps([settings, values], default=repr, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_rows(path: Path, rows: Sequence[tuple[str, Measurement]]) -> None:

@@ -37,6 +37,7 @@ class FactorSearch(Callback):
         objective: ``mixed`` (text and pass keys), ``needle`` (pass keys only) or ``perplexity`` (text only).
         max_evaluations: Most candidates; the algorithm's own number by default.
         pinned: Number of fastest frequency pairs held at 1; an eighth of them, 4 at most, by default.
+        start_tokens: Allowed numbers of first tokens that keep their pretrained angles.
         batch_tokens: Tokens per forward pass.
         seed: Of candidates, documents and pass keys.
 
@@ -52,6 +53,7 @@ class FactorSearch(Callback):
         objective: Objective = "mixed",
         max_evaluations: int | None = None,
         pinned: int | None = None,
+        start_tokens: tuple[int, ...] = (0,),
         batch_tokens: int = 16384,
         seed: int = 0,
     ) -> None:
@@ -63,6 +65,7 @@ class FactorSearch(Callback):
         self.objective: Objective = objective
         self.max_evaluations = max_evaluations
         self.pinned = pinned
+        self.start_tokens = tuple(start_tokens)
         self.batch_tokens = batch_tokens
         self.seed = seed
         self.alone = False
@@ -104,6 +107,7 @@ class FactorSearch(Callback):
                 max_evaluations=self.max_evaluations,
                 seed=self.seed,
                 pinned=self.pinned,
+                start_tokens=self.start_tokens,
                 folder=Path(trainer.default_root_dir) / "search",
                 batch_tokens=self.batch_tokens,
                 workers=TrainerWorkers(trainer),
@@ -126,7 +130,7 @@ class TrainerWorkers:
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, on the CPU."""
         total = self._strategy.reduce(values.to(self._strategy.root_device), reduce_op="sum")
-        return total.cpu()  # type: ignore[union-attr]
+        return total.cpu()
 
 
 class _Bar:

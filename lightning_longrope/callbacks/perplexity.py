@@ -18,15 +18,15 @@ class PerplexityByLength(MeasuringCallback):
     """Measures how well the model predicts text when it sees windows of a given length.
 
     Excerpts of the longest length are cut into windows that do not overlap, for each length anew, so every length is
-    judged on the same text. A window sees nothing before its first token, which is not predicted. Does not slide:
-    tokens early in a window have little context and count as much as late ones; the last tokens have a number of
-    their own.
+    judged on the same text. A window begins with BOS where there is one and sees nothing before it; the first token of
+    its text is not predicted. Does not slide: tokens early in a window have little context and count as much as late
+    ones; the last tokens have a number of their own.
 
     Logs, as ``{metric}/{length}``:
 
     - ``perplexity``: token-weighted, ``exp(sum of nll / tokens)``;
     - ``perplexity_window_mean``: mean of the perplexities of the windows, the convention of published tables;
-    - ``perplexity_last{last}``: token-weighted over the last tokens of each window, for lengths above ``last``;
+    - ``perplexity_last{last}``: token-weighted over the last tokens of each window, where it predicts that many;
     - ``bits_per_byte``: nll in bits over UTF-8 bytes of the predicted text, comparable between tokenizers.
 
     Intervals are 95 % bootstrap intervals over documents.
@@ -65,14 +65,16 @@ class PerplexityByLength(MeasuringCallback):
     def prepare(self, datamodule: Any, lengths: Sequence[int]) -> None:
         self._excerpts = datamodule.excerpts(self.split, self.documents, max(lengths), self.seed)
         self._tokenizer = datamodule.tokenizer
+        if min(lengths) <= self._given:
+            raise ValueError(f"`lengths` of PerplexityByLength must be above {self._given} tokens, got {min(lengths)}.")
         self._bytes = {}
 
     @override
     def measure_length(self, trainer: Trainer, module: LightningModule, length: int) -> list[Measurement]:
-        windows = self._excerpts.unfold(1, length, length)  # [documents, windows of a document, length]
+        windows = self._windows(length)
         nll, end = self._window_nll(trainer, module, windows.flatten(0, 1)).unbind(1)
         nll, end = nll.view(windows.shape[:2]), end.view(windows.shape[:2])
-        count = torch.full_like(nll, length - 1)
+        count = torch.full_like(nll, length - self._given)
 
         def measurement(metric: str, value: float, interval: tuple[float, float]) -> Measurement:
             return Measurement(metric, length, None, value, *interval, n=len(windows))
@@ -90,9 +92,26 @@ class PerplexityByLength(MeasuringCallback):
             ratio("perplexity_window_mean", perplexity(nll, count), torch.ones_like(nll)),
             ratio("bits_per_byte", nll / math.log(2), self._window_bytes(windows)),
         ]
-        if length > self.last:
+        if length - self._given >= self.last:
             results.append(weighted(f"perplexity_last{self.last}", end, torch.full_like(end, self.last)))
         return results
+
+    @property
+    def _given(self) -> int:
+        """Tokens at the start of a window that are not predicted: the first of the text, and BOS before it."""
+        return 1 if self._tokenizer.bos_token_id is None else 2
+
+    def _windows(self, length: int) -> Tensor:
+        """The excerpts cut into windows, [documents, windows of a document, length].
+
+        Each begins with BOS where the tokenizer has one: without it models lose their attention sink, and the number
+        would be about that and not about length.
+        """
+        bos = self._tokenizer.bos_token_id
+        if bos is None:
+            return self._excerpts.unfold(1, length, length)
+        text = self._excerpts[:, 1:].unfold(1, length - 1, length - 1)
+        return torch.cat([torch.full_like(text[..., :1], bos), text], dim=-1)
 
     def _window_nll(self, trainer: Trainer, module: LightningModule, windows: Tensor) -> Tensor:
         """Nll of each window and of its last tokens in nats, summed over tokens, [windows, 2] float64."""
@@ -100,6 +119,7 @@ class PerplexityByLength(MeasuringCallback):
         rows = self.rows(windows.shape[1])
         for start, counts in self.share(trainer, range(0, len(windows), rows)):
             nll = scoring.token_nll(module.model, windows[start : start + rows].to(module.device)).cpu().double()
+            nll = nll[:, self._given - 1 :]
             if counts:
                 sums[start : start + rows] = torch.stack([nll.sum(1), nll[:, -self.last :].sum(1)], dim=1)
         return self.sum_over_ranks(trainer, sums)
@@ -111,9 +131,8 @@ class PerplexityByLength(MeasuringCallback):
         """
         length = windows.shape[-1]
         if length not in self._bytes:
-            flat = [
-                self._text_bytes(window) - self._text_bytes(window[:1]) for window in windows.flatten(0, 1).tolist()
-            ]
+            given = self._given
+            flat = [self._text_bytes(w) - self._text_bytes(w[:given]) for w in windows.flatten(0, 1).tolist()]
             self._bytes[length] = torch.tensor(flat, dtype=torch.float64).view(windows.shape[:2])
         return self._bytes[length]
 

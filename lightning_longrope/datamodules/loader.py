@@ -83,7 +83,8 @@ class RowSampler(DistributedSampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[Any]:
         rows = len(cast("RowDataset", self.dataset))
-        end = self.total_size - (self.total_size - self.start) % self.num_replicas  # equally many for every rank
+        # equally many for every rank, from wherever we start
+        end = rows - (rows - self.start) % self.num_replicas if self.drop_last else self.total_size
         for index in range(self.start + self.rank, end, self.num_replicas):
             yield self.epoch, index if index < rows else FILLING
 

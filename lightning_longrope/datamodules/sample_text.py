@@ -1,10 +1,9 @@
 """Text that every Python installation has: enough to train a small model on in minutes, without a download."""
 
-import logging
+import os
 import random
 import shutil
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +17,6 @@ from lightning_longrope.datamodules.base import Corpus, TokenDataModule, digest
 from lightning_longrope.datamodules.loader import ExtraRows
 from lightning_longrope.datamodules.token_store import publish
 from lightning_longrope.retrieval import PasskeyPrompts
-
-log = logging.getLogger(__name__)
 
 SHORTEST, LONGEST, PART = 9_000, 60_000, 24_000  # bytes of a file, bytes of a file, characters of a part
 LEFT_OUT = {"idlelib", "lib2to3", "encodings", "turtledemo", "pydoc_data", "site-packages", "dist-packages"}
@@ -44,7 +41,7 @@ class SampleTextDataModule(TokenDataModule):
         vocab_size: Tokens of the tokenizer that is trained; digits stay single.
         tokenizer: Hugging Face name or folder of another tokenizer, instead of training one.
         passkey_share: Share of the training rows that are passkey rows, in [0, 1).
-        passkey_questions: Keys hidden and asked for in such a row.
+        passkey_questions: Most keys hidden and asked for in such a row; each row has 1 to that many.
         passkey_weight: Weight in the loss of an answer's tokens; all others have 1.
         seed: Of the split, of the order of documents and rows, and of the passkey rows.
         num_workers: Processes that load rows.
@@ -114,7 +111,10 @@ class SampleTextDataModule(TokenDataModule):
 
     @cached_property
     def _texts(self) -> dict[str, list[str]]:
-        return split_texts(list(library_files()), [*long_file_parts(), *topic_parts()], self.seed)
+        sources = library_sources()
+        files = [text for text in sources if len(text.encode()) <= LONGEST]
+        parts = [part for text in sources if len(text.encode()) > LONGEST for part in cut(text)]
+        return split_texts(files, parts + topic_parts(), self.seed)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class PasskeyRows:
 
     def __call__(self, rng: random.Random) -> tuple[Tensor, Tensor]:
         """A row, [seq_len] int64, and its weights, [seq_len] float32."""
-        tokens, answer = self.prompts.row(self.seq_len, self.questions, rng)
+        tokens, answer = self.prompts.row(self.seq_len, rng.randint(1, self.questions), rng)
         return tokens, torch.where(answer, self.weight, 1.0)
 
 
@@ -154,14 +154,25 @@ def split_texts(files: list[str], parts: list[str], seed: int) -> dict[str, list
     }
 
 
-def library_files() -> Iterator[str]:
-    """Sources of the standard library that are neither short nor long, each once."""
-    return (text for text in _sources() if len(text.encode()) <= LONGEST)
+def library_sources() -> list[str]:
+    """Sources of at least ``SHORTEST`` bytes, each once, without tests, tables, and what this machine's build wrote."""
+    texts: dict[str, None] = {}
+    for path in _source_paths(Path(sysconfig.get_path("stdlib"))):
+        try:
+            texts[path.read_bytes().decode("utf-8")] = None
+        except (UnicodeDecodeError, OSError):
+            continue
+    return [text for text in texts if len(text.encode()) >= SHORTEST]
 
 
-def long_file_parts() -> Iterator[str]:
-    """The long sources of the standard library, in parts."""
-    return (part for text in _sources() if len(text.encode()) > LONGEST for part in cut(text))
+def _source_paths(root: Path) -> list[Path]:
+    """Python files of the library in an order that does not depend on the file system."""
+    paths = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith("test")]
+        kept = (name for name in names if name.endswith(".py") and not name.startswith(("test", "_sysconfigdata")))
+        paths += [Path(folder, name) for name in kept]
+    return sorted(paths, key=lambda path: path.relative_to(root).parts)
 
 
 def topic_parts() -> list[str]:
@@ -179,23 +190,6 @@ def cut(text: str) -> list[str]:
     size = len(text) / count
     ends = [0, *(text.find("\n", int(size * i)) + 1 or len(text) for i in range(1, count)), len(text)]
     return [text[start:end] for start, end in zip(ends, ends[1:], strict=False) if end > start]
-
-
-def _sources() -> Iterator[str]:
-    """Sources of at least ``SHORTEST`` bytes, each once, without tests, tables, and what this machine's build wrote."""
-    root = Path(sysconfig.get_path("stdlib"))
-    seen = set()
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
-        names = path.relative_to(root).parts
-        if LEFT_OUT.intersection(names) or any(name.startswith(("test", "_sysconfigdata")) for name in names):
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if len(text.encode()) >= SHORTEST and text not in seen:
-            seen.add(text)
-            yield text
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Any:

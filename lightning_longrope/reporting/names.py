@@ -102,11 +102,16 @@ def value_text(metric: str, value: float | None) -> str:
     if not math.isfinite(value):
         return str(value)
     if metric in ACCURACIES:
-        return f"{100 * value:.3g} %"
+        return f"{100 * value:.1f}".removesuffix(".0") + "\u00a0%"
     if metric == "bits_per_byte":
         return f"{value:.3f}"
     digits = 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
     return f"{value:,.{digits}f}"
+
+
+def percent_text(change: float, digits: int = 1) -> str:
+    """A signed change for intervals: -0.025 -> "−2.5"."""
+    return f"{100 * change:+.{digits}f}".replace("-", "\u2212")
 
 
 def seconds_text(seconds: float | None) -> str:

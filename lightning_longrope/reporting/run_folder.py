@@ -94,7 +94,9 @@ def read_run(folder: str | Path) -> Run:
         )
     results, replaced = join_results([stage.results for stage in stages])
     if replaced:
-        notes.append(f"{replaced} measurements were made by two stages with different values; the later one is shown.")
+        notes.append(
+            f"Measurements that two stages made with different values, of which the later is shown: {replaced}."
+        )
     name = Path(str(about.get("recipe") or folder.name)).name
     return Run(folder, name, stages, results, about, tuple(notes))
 

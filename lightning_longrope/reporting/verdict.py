@@ -7,8 +7,8 @@ where a paired one was measured (metric ``<metric>_over_<baseline>``, a ratio), 
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_longrope.reporting.names import (
@@ -17,6 +17,7 @@ from lightning_longrope.reporting.names import (
     method_name,
     method_order,
     metric_name,
+    percent_text,
     value_text,
 )
 from lightning_longrope.reporting.results import Result, Results
@@ -50,6 +51,10 @@ class Extension:
     original_length: int | None = None
     target_length: int | None = None
     tuned: str = "tuned"
+    score: float | None = None
+    """Best score of the search in nats, on its own documents."""
+    baseline_scores: Mapping[str, float] = field(default_factory=dict)
+    """Scores of the formulas on the same documents."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +139,14 @@ def clause(comparison: Comparison, name: str) -> str:
         return f"which is no finite loss; it was held against {theirs}"
     percent = 100 * comparison.change
     if comparison.ours.metric in ACCURACIES:
-        size, unit = f"{abs(percent):.0f} points", "points"
+        size, unit = f"{abs(percent):.0f}\u00a0points", "points"
         words = f"as many as {theirs}" if abs(percent) < 0.5 else f"{size} {_more(percent)} than {theirs}"
     else:
-        unit = "%"
-        size = f"{abs(percent):.1f} %"
+        size, unit = f"{abs(percent):.1f}\u00a0%", "%"
         words = f"level with {theirs}" if abs(percent) < 0.05 else f"{size} {_above(percent)} {theirs}"
     if comparison.outcome == "same":
-        ends = f"{100 * (comparison.low or 0):+.1f} to {100 * (comparison.high or 0):+.1f} {unit}"
-        return f"{words}, which is within the noise (95 % interval of the difference: {ends})"
+        ends = f"{percent_text(comparison.low or 0)} to {percent_text(comparison.high or 0)}\u00a0{unit}"
+        return f"{words}, which is within the noise (95\u00a0% interval of the difference: {ends})"
     return f"{words}, which may be noise: no interval was recorded" if comparison.outcome == "unknown" else words
 
 
@@ -155,37 +159,46 @@ def _above(percent: float) -> str:
 
 
 def verdict(results: Results, extensions: Sequence[Extension]) -> Verdict:
-    """Sums up a table of measurements; every number is in the table or is the difference of two that are."""
-    headlines, sentences, tiles = [], [], []
-    for extension in extensions or (Extension(),):
-        headline, said, shown = _extension(results, extension)
-        headlines += headline
-        sentences += said
-        tiles += shown
-    if not headlines:
-        headlines, sentences = _without_search(results)
-    return Verdict(" ".join(headlines), tuple(sentences), tuple(tiles))
+    """Sums up a table of measurements; every number is in the table or is the difference of two that are.
+
+    The last extension makes the headline.
+    """
+    wanted = extensions or (Extension(),)
+    found = [part for extension in wanted if (part := _extension(results, extension)) is not None]
+    if not found:
+        headline, sentences = _without_search(results)
+        alone = [said for extension in extensions for said in _search_alone(extension)]
+        return Verdict(headline, (*sentences, *alone), ())
+    sentences = []
+    for part in found[:-1]:
+        sentences += [part.headline, *part.sentences]
+    tiles = tuple(tile for part in found for tile in part.tiles)
+    return Verdict(found[-1].headline, (*sentences, *found[-1].sentences), tiles)
 
 
-def _extension(results: Results, extension: Extension) -> tuple[list[str], list[str], list[Tile]]:
-    """Headline, sentences and tiles of the searched factors and of what was tuned from them."""
+def _extension(results: Results, extension: Extension) -> Verdict | None:
+    """What is said of the searched factors and of what was tuned from them; None if no baseline was measured."""
     subject = f"{extension.prefix}searched"
     claims = {metric: _claim(results, extension, subject, metric) for metric in _SENTENCES}
     made = {metric: claim for metric, claim in claims.items() if claim is not None}
     if not made:
-        return [], [], []
+        return None
     sentences = [
         _SENTENCES[metric].format(
             who="The searched factors" if not extension.prefix else "The factors of the second search",
             value=value_text(metric, claim.ours.value),
             length=length_text(claim.ours.length),
         )
-        + f", {clause(claim, method_name(claim.theirs.method))}."
+        + f", {clause(claim, _baseline_name(claim))}."
         for metric, claim in made.items()
     ]
-    tiles = [_tile(metric, claim) for metric, claim in made.items()]
+    tiles = [_tile(claim, f"best baseline: {_baseline_name(claim)}") for claim in _main(made).values()]
     after, tuned_tiles = _tuned(results, extension, made)
-    return [_headline(extension, made)], sentences + after, tiles + tuned_tiles
+    return Verdict(_headline(extension, made), (*sentences, *after), (*tiles, *tuned_tiles))
+
+
+def _baseline_name(claim: Comparison) -> str:
+    return method_name(claim.theirs.method.removeprefix("second_"))
 
 
 _SENTENCES = {
@@ -227,28 +240,34 @@ def _best(rows: Sequence[Result]) -> Result:
     return min(reversed(rows), key=lambda row: order * row.value)
 
 
+def _main(claims: dict[str, Comparison]) -> dict[str, Comparison]:
+    """The claims that a headline is made of."""
+    return {metric: claim for metric, claim in claims.items() if metric in ("perplexity", "passkey")} or claims
+
+
 def _headline(extension: Extension, claims: dict[str, Comparison]) -> str:
     """One sentence: where the searched factors win, tie and lose."""
-    main = {metric: claim for metric, claim in claims.items() if metric in ("perplexity", "passkey")} or claims
+    main = _main(claims)
     groups: dict[Outcome, list[str]] = {}
     for metric, claim in main.items():
         groups.setdefault(claim.outcome, []).append(_SHORT_NAMES[metric])
     order: tuple[Outcome, ...] = ("better", "worse", "same", "unknown")
     parts = [(outcome, " and ".join(groups[outcome])) for outcome in order if outcome in groups]
-    first = f"{_VERBS[parts[0][0]][0]} on {parts[0][1]}"
+    baselines = {_baseline_name(claim) for claim in main.values()}
+    named = f" ({baselines.pop()})" if len(baselines) == 1 else ""
+    first = f"{_VERBS[parts[0][0]][0]}{named} on {parts[0][1]}"
     others = [f"on {metrics} they {_VERBS[outcome][1]}" for outcome, metrics in parts[1:]]
     who = "the factors of the second search" if extension.prefix else "the searched factors"
     length = length_text(next(iter(main.values())).ours.length)
     return f"At {length} tokens {who} {'; '.join([first, *others])}."
 
 
-def _tile(metric: str, claim: Comparison) -> Tile:
-    name, ours = method_name(claim.theirs.method), claim.ours
-    label = f"{_SHORT_NAMES[metric]}, {length_text(ours.length)} tokens"
-    label = f"perplexity of {label}" if metric == "perplexity_last128" else label
-    note = f"{name} {value_text(metric, claim.theirs.value)}"
+def _tile(claim: Comparison, against: str) -> Tile:
+    ours, theirs = claim.ours, claim.theirs
+    label = f"{_SHORT_NAMES[ours.metric]} at {length_text(ours.length)}, {method_name(ours.method)}"
+    note = f"{against} {value_text(theirs.metric, theirs.value)}"
     note += {"better": "", "worse": ", worse", "same": ", within the noise", "unknown": ", no interval"}[claim.outcome]
-    return Tile(f"{method_name(ours.method)}: {label}", value_text(metric, ours.value), note, claim.outcome)
+    return Tile(label[0].upper() + label[1:], value_text(ours.metric, ours.value), note, claim.outcome)
 
 
 def _tuned(results: Results, extension: Extension, claims: dict[str, Comparison]) -> tuple[list[str], list[Tile]]:
@@ -260,9 +279,7 @@ def _tuned(results: Results, extension: Extension, claims: dict[str, Comparison]
         if before and after and _usable(before.ours):
             change = compare(after, before.ours)
             parts.append(f"{form.format(value_text(metric, after.value))}, {clause(change, 'the untuned factors')}")
-            note = f"untuned {value_text(metric, before.ours.value)}"
-            label = f"tuned: {_SHORT_NAMES[metric]}, {length_text(after.length)} tokens"
-            tiles.append(Tile(label, value_text(metric, after.value), note, change.outcome))
+            tiles.append(_tile(change, "untuned"))
     sentences = [f"After tuning: {'; '.join(parts)}."] if parts else []
     return sentences + _short_window(results, extension), tiles
 
@@ -280,15 +297,26 @@ def _short_window(results: Results, extension: Extension) -> list[str]:
     return [f"At the pretrained {length_text(length)} tokens the tuned model reads at perplexity {value}, {words}."]
 
 
-def _without_search(results: Results) -> tuple[list[str], list[str]]:
+def _without_search(results: Results) -> tuple[str, list[str]]:
     """The best of what there is, where no searched factors were held against a baseline."""
     for metric in ("perplexity", "passkey", *results.metrics):
         for length in reversed(results.lengths(metric)):
             rows = [results.get(method, metric, length) for method in results.methods(metric)]
             usable = sorted((row for row in rows if row and _usable(row)), key=lambda row: method_order(row.method))
             if usable:
-                return ["No searched factors were held against a baseline."], [_best_of(usable)]
-    return ["Nothing has been measured yet."], []
+                return "No searched factors were held against a baseline.", [_best_of(usable)]
+    return "Nothing has been measured yet.", []
+
+
+def _search_alone(extension: Extension) -> list[str]:
+    """What the search saw, where nothing was measured on other text."""
+    if extension.score is None or not extension.baseline_scores:
+        return []
+    method, score = min(extension.baseline_scores.items(), key=lambda item: item[1])
+    return [
+        f"On the documents of the search the best candidate scores {extension.score:.4f} nats and the best formula,"
+        f" {method_name(method)}, {score:.4f} nats. That says nothing about other text: compare on held-out documents."
+    ]
 
 
 def _best_of(rows: Sequence[Result]) -> str:

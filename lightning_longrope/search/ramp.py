@@ -50,7 +50,7 @@ class RampSearch(SearchAlgorithm):
 
     Args:
         max_evaluations: Budget when the run names none.
-        ramp_share: Share of the budget spent on ramps: the first half of it at random, the rest around the best.
+        ramp_share: Share of the budget spent on ramps: a third of them at random, the rest around the best.
         population: Number of best candidates that have offspring in the evolution.
         mutants: Mutants per generation.
         crossovers: Crossovers per generation.
@@ -99,10 +99,10 @@ class RampSearch(SearchAlgorithm):
 
         # YaRN first, should the budget end here. As a ramp it is the same candidate, and one to step from.
         seeds = list(dict.fromkeys([*reversed(self.space.seeds()), propose(partial(yarn_ramp, self.space))]))
-        yield self._new(budget // 2 - len(seeds), partial(propose, self._random_ramp), seeds)
+        yield self._new(budget // 3 - len(seeds), partial(propose, self._random_ramp), seeds)
         while self.evaluations < budget:
             best = tried[next(candidate for candidate in self.ranked() if candidate in tried)]
-            step = 0.15 * (1 - self.evaluations / budget) + 0.03
+            step = 0.15 * 0.1 ** (self.evaluations / budget)
             count = min(_RAMP_STEPS, budget - self.evaluations)
             batch = self._new(count, partial(propose, partial(self._step, best, step)))
             if not batch:
@@ -124,7 +124,7 @@ class RampSearch(SearchAlgorithm):
         return Ramp(first, max(last, first + 1), largest, ramp.harmonic ^ bool(self.rng.random() < 0.2))
 
     def _mutant(self, parents: list[Candidate]) -> Candidate:
-        parent = parents[self.rng.integers(len(parents))]
+        parent = parents[int(len(parents) * self.rng.random() ** 2)]  # the better, the more often
         if self.rng.random() >= self.block_share:
             return mutant(self, parent, self.probability)
         start = int(self.rng.integers(self.space.pinned, self.space.pairs))

@@ -42,7 +42,7 @@ class SmoothSearch(SearchAlgorithm):
             while not optimizer.stop():
                 points = optimizer.ask()
                 scores = yield [self._curve(point) for point in points]
-                optimizer.tell(points, _finite(scores))
+                optimizer.tell(points, scores)
 
     def _optimizer(self, start: Candidate) -> Any:
         import cma  # half a second that other searches need not pay
@@ -67,9 +67,3 @@ class SmoothSearch(SearchAlgorithm):
     def _curve(self, knots: NDArray[np.float64]) -> Candidate:
         values = np.exp(np.interp(np.arange(self.space.pairs), self._places(), knots))
         return self.space.candidate(values, origin="smooth")
-
-
-def _finite(scores: list[float]) -> list[float]:
-    """Failed candidates rank last; only ranks matter to the optimiser, but it cannot read infinity."""
-    worst = max((score for score in scores if math.isfinite(score)), default=0.0)
-    return [score if math.isfinite(score) else worst + 1 for score in scores]

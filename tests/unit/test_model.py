@@ -51,7 +51,6 @@ FAMILIES = {
     "gpt_oss": {**GROUPED, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
     "hyperclovax": {**GROUPED, "logits_scaling": 3.0},
 }
-NAMED = list(FAMILIES)[:8]
 
 
 def _model(family="llama", **changed):
@@ -106,7 +105,7 @@ def test_install_changes_logits_once_and_identity_takes_everything_back(family):
 
 
 @pytest.mark.parametrize("method", ["linear", "yarn", "longrope", "llama3", "dynamic"])
-@pytest.mark.parametrize("family", NAMED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_install_agrees_with_the_same_weights_under_transformers_own_rope_type(family, method):
     model = _model(family)
     shape, pairs = _shape(model), rope_geometry(model.config).pairs
@@ -133,7 +132,7 @@ def test_install_agrees_with_the_same_weights_under_transformers_own_rope_type(f
     theirs.load_state_dict(model.state_dict())
     install_factors(model, factors)
     tokens = _tokens(length=150)
-    torch.testing.assert_close(_logits(model, tokens), _logits(theirs, tokens), rtol=0, atol=2e-4)
+    torch.testing.assert_close(_logits(model, tokens), _logits(theirs, tokens), rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -274,8 +273,11 @@ def test_an_install_that_nobody_reads_is_an_error_and_is_taken_back():
 
 def test_a_change_too_small_for_the_weights_precision_is_no_error():
     model = _model().to(torch.bfloat16)
-    install_factors(model, RescaleFactors((1.0,) * 7 + (1.0 + 1e-9,), L, 8 * L))
-    assert installed_factors(model).values[-1] > 1
+    install_factors(model, RescaleFactors((2.0,) * 8, L, 8 * L))
+    before = _logits(model)
+    install_factors(model, RescaleFactors((2.0,) * 7 + (2.0 + 1e-9,), L, 8 * L))
+    assert torch.equal(_logits(model), before)
+    assert installed_factors(model).values[-1] > 2
 
 
 def test_a_checkpoint_brings_back_weights_config_and_factors(tmp_path):

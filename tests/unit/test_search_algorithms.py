@@ -18,6 +18,7 @@ from lightning_longrope.search import (
     SearchSpace,
     SmoothSearch,
 )
+from lightning_longrope.search.evolution import child
 from lightning_longrope.search.ramp import Ramp, yarn_ramp
 from tests.unit.test_search_space import valid
 
@@ -51,7 +52,7 @@ def run(algorithm, fitness, generations=10**6):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     pairs=st.integers(2, 40),
     pinned=st.integers(0, 5),
@@ -101,8 +102,9 @@ def test_parents_are_the_best_of_all_candidates_so_far():
     while batch := search.ask():
         if told:
             best = sorted(told, key=fitness)[:2]
-            for child in [candidate for candidate in batch if candidate.origin == "crossover"]:
-                assert all(value in (a, b) for value, a, b in zip(child.values, *(p.values for p in best), strict=True))
+            for new in [candidate for candidate in batch if candidate.origin == "crossover"]:
+                assert all(value in (a, b) for value, a, b in zip(new.values, *(p.values for p in best), strict=True))
+                assert new.start_tokens in {parent.start_tokens for parent in best}
         told += batch
         search.tell(batch, [fitness(candidate) for candidate in batch])
     assert any(candidate.origin == "crossover" for candidate in told)
@@ -159,6 +161,16 @@ def test_the_yarn_ramp_is_the_yarn_seed(length):
         assert space.candidate(yarn_ramp(space).values(space.pairs)) == space.seeds()[2]
 
 
+def test_a_child_takes_the_start_tokens_of_either_parent():
+    search = EvolutionSearch().start(SPACE)
+    parents = [SPACE.candidate(SPACE.seeds()[i].values, tokens) for i, tokens in ((1, 4), (2, 16))]
+    assert {child(search, parents).start_tokens for _ in range(50)} == {4, 16}
+
+
+def test_the_smallest_budget_of_ramp_search_goes_to_yarn():
+    assert [candidate.origin for candidate in RampSearch().start(SPACE, max_evaluations=1).ask()] == ["seed:yarn"]
+
+
 def test_ramps_by_hand():
     assert Ramp(1, 3, 4.0, harmonic=False).values(5).tolist() == pytest.approx([1, 1, 2, 4, 4])
     assert Ramp(1, 3, 4.0, harmonic=True).values(5).tolist() == pytest.approx([1, 1, 1 / 0.625, 4, 4])
@@ -186,7 +198,7 @@ def test_a_resumed_search_is_the_uninterrupted_one(algorithm):
     whole = algorithm().start(SPACE, 3, max_evaluations=150)
     batches = run(whole, fitness)
     assert len(batches) > 3
-    for cut in range(len(batches) + 1):
+    for cut in {*range(4), len(batches) - 1, len(batches)}:
         first = algorithm().start(SPACE, 3, max_evaluations=150)
         run(first, fitness, generations=cut)
         state = json.loads(json.dumps(first.state_dict()))
@@ -345,6 +357,21 @@ def test_a_subclass_reads_as_straight_code():
     assert search.best[0].origin == "seed:yarn"
     with pytest.raises(ValueError, match="Grid proposed a candidate outside"):
         run(Grid(leave=True).start(SPACE), lambda candidate: 0.0)
+
+
+class Stubborn(SearchAlgorithm):
+    """Proposes the same candidate for ever."""
+
+    def _generations(self):
+        yield self._new(5, lambda: self.space.seeds()[0])
+        yield self._new(5, lambda: self.space.seeds()[0])
+
+
+def test_random_points_stand_in_for_proposals_that_repeat():
+    first, second = run(Stubborn().start(SPACE), lambda candidate: 0.0)
+    assert [candidate.origin for candidate in first] == ["seed:linear"] + ["random"] * 4
+    assert [candidate.origin for candidate in second] == ["random"] * 5
+    assert len({*first, *second}) == 10
 
 
 @pytest.mark.parametrize(

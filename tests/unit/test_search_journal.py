@@ -44,7 +44,9 @@ def test_cached_finds_this_very_candidate_only(path):
     assert journal.cached(Candidate((1.0, 1.07, 8.04), 4, 1.1952286)) is None
     assert journal.cached(Candidate((1.0, 1.07, 8.01), 8, 1.1952286)) is None
     assert journal.cached(Candidate((1.0, 1.07, 8.01), 4, 1.0)) is None
-    journal.append([record(4)])
+    journal.append([record(4), record(1, 9.0, attention_factor=1.0)])
+    assert journal.cached(Candidate((1.0, 1.07, 8.01), 4, 1.0))["score"] == 9.0
+    assert journal.cached(Candidate((1.0, 1.07, 8.01), 4, 1.1952286)) == record(1)
     assert journal.cached(Candidate((1.0, 1.07, 8.04), 4, 1.1952286)) == record(4)
 
 
@@ -73,7 +75,10 @@ def test_a_file_cut_at_any_byte_is_repaired(path):
     whole = path.read_bytes()
     ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
     assert len(ends) == 4
-    for cut in range(len(whole)):
+    near_ends = {end + shift for end in ends for shift in (-1, 0, 1)}
+    cuts = {*range(0, len(whole), 7), *(cut for cut in near_ends if cut < len(whole))}
+    assert len(cuts) > 80
+    for cut in sorted(cuts):
         path.write_bytes(whole[:cut])
         journal = Journal(path, FINGERPRINT)
         kept = max(sum(end <= cut for end in ends) - 1, 0)

@@ -57,6 +57,13 @@ def test_seeds_and_random_points_lie_in_the_space(pinned, largest):
     assert max(max(point.values) for point in points) > 0.95 * min(largest, 8.0)
 
 
+def test_random_points_are_even_on_the_logarithmic_scale():
+    space = SearchSpace(**SHAPE)
+    rng = np.random.default_rng(0)
+    logs = np.log([space.random(rng).values for _ in range(500)])
+    assert logs.mean() == pytest.approx(math.log(10) / 2, abs=0.05)  # a running maximum of unsorted draws has 1.7
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     values=st.lists(st.floats(-3, 99), min_size=8, max_size=8),

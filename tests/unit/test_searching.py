@@ -69,7 +69,12 @@ def test_a_cut_search_continues_exactly_and_repeats_nothing(texts, tmp_path, mon
         search_factors(tiny_llama(), texts, LENGTH, algorithm=make(), seed=3, folder=tmp_path)
     done = sum(counts)
     resumed = []
-    monkeypatch.setattr(searching, "score_candidates", lambda m, c, *a, **o: resumed.append(len(c)) or real(m, c, *a, **o))
+
+    def counts_again(model, candidates, *args, **options):
+        resumed.append(len(candidates))
+        return real(model, candidates, *args, **options)
+
+    monkeypatch.setattr(searching, "score_candidates", counts_again)
     result = search_factors(tiny_llama(), texts, LENGTH, algorithm=make(), seed=3, folder=tmp_path)
     assert result.factors == whole.factors
     assert result.score == whole.score

@@ -1,0 +1,232 @@
+"""The command line as people use it: a whole small recipe, its resume, and one clear line for every mistake."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from helpers import LLAMA
+from transformers import AutoModelForCausalLM
+
+from lightning_longrope import load_model
+from lightning_longrope.__main__ import main
+
+MODEL = {**LLAMA, "vocab_size": 300, "hidden_size": 32, "max_position_embeddings": 64}
+DATA = {"class_path": "lightning_longrope.datamodules.SampleTextDataModule"}
+TRAINER = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
+CHECKPOINT = "{out}/1-pretrain/checkpoints/last.ckpt"
+
+
+def callback(name, **arguments):
+    return {"class_path": f"lightning_longrope.callbacks.{name}", "init_args": arguments}
+
+
+def data(seq_len):
+    return {**DATA, "init_args": {"seq_len": seq_len, "batch_size": 2, "vocab_size": 300, "cache_dir": "{out}/../data"}}
+
+
+def fit(stage, **model):
+    saver = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": f"{{out}}/{stage}/checkpoints", "save_last": True, "every_n_train_steps": 1},
+    }
+    trainer = {**TRAINER, "max_steps": 3, "limit_val_batches": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+    return {"command": "fit", "trainer": {**trainer, "logger": False, "callbacks": [saver]},
+            "model": {"init_args": model}, "data": data(64)}  # fmt: skip
+
+
+def measured(**extra):
+    measuring = [
+        callback("PerplexityByLength", lengths=[64, 128], documents=2, split="test"),
+        callback("PasskeyRetrieval", lengths=[128], depths=2, trials=2, filler="text", split="test"),
+    ]
+    trainer = {**TRAINER, "logger": False, "limit_val_batches": 1, "callbacks": measuring}
+    return {"command": "compare", "target_length": 128, "methods": ["none", "yarn"], "trainer": trainer,
+            "model": {"init_args": {"name_or_path": CHECKPOINT}}, "data": data(128), **extra}  # fmt: skip
+
+
+STAGES = {
+    "1-pretrain": fit("1-pretrain", config=MODEL),
+    "2-search": {
+        "command": "search",
+        "trainer": {**TRAINER, "logger": False, "limit_val_batches": 1,
+                    "callbacks": [callback("FactorSearch", target_length=128, documents=1, max_evaluations=5)]},
+        "model": {"init_args": {"name_or_path": CHECKPOINT}},
+        "data": data(128),
+    },
+    "3-finetune": fit("3-finetune", name_or_path=CHECKPOINT, factors="{out}/2-search/search/factors.json"),
+    "4-evaluate": measured(factors={"searched": "{out}/2-search/search/factors.json"},
+                           tuned={"tuned": "{out}/3-finetune/checkpoints/last.ckpt"}),
+    "5-export": {"command": "export", "run": "{out}/3-finetune", "out": "{out}/hf"},
+}  # fmt: skip
+
+
+def write(folder, stages=STAGES):
+    folder.mkdir(parents=True)
+    for name, content in stages.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small recipe, run from start to end by the real command."""
+    root = tmp_path_factory.mktemp("recipe")
+    assert main(["run", str(write(root / "small")), "--out", str(root / "out"), "--seed", "3"]) == 0
+    return root
+
+
+def test_a_recipe_leaves_everything_a_run_folder_holds(finished):
+    out = finished / "out"
+    for name in ("1-pretrain", "2-search", "3-finetune", "4-evaluate"):
+        config = yaml.safe_load((out / name / "config.yaml").read_text())
+        assert config["seed_everything"] == 3
+    assert config["trainer"]["callbacks"][0]["init_args"]["lengths"] == [64, 128]
+    for name in ("history.jsonl", "state.json", "factors.json", "rescale_factors.csv"):
+        assert (out / "2-search" / "search" / name).stat().st_size
+    record = json.loads((out / "run.json").read_text())
+    assert [(s["name"], s["status"]) for s in record["stages"]] == [(name, "finished") for name in STAGES]
+    assert record["seed"] == 3
+    assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_the_comparison_is_tidy_and_complete(finished):
+    rows = list(csv.DictReader((finished / "out" / "results.csv").open()))
+    assert {row["method"] for row in rows} == {"none", "yarn", "searched", "tuned"}
+    lengths = {(row["method"], row["length"]) for row in rows if row["metric"] == "perplexity"}
+    assert len(lengths) == 4 * 2
+    passkeys = [row for row in rows if row["metric"] == "passkey"]
+    assert len(passkeys) == 4 * 3
+    assert {row["depth"] for row in passkeys} == {"", "0.0", "1.0"}
+    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
+
+
+def test_the_exported_folder_is_the_tuned_model(finished):
+    theirs = AutoModelForCausalLM.from_pretrained(finished / "out" / "hf").eval()
+    ours = load_model(str(finished / "out" / "3-finetune" / "checkpoints" / "last.ckpt")).eval()
+    for length in (50, 120):
+        tokens = torch.arange(length)[None] % 300
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-3)
+    assert (finished / "out" / "hf" / "tokenizer.json").exists()
+
+
+def test_a_second_run_skips_what_is_finished(finished, capfd):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "out").rglob("*.ckpt")}
+    assert main(["run", str(finished / "small"), "--out", str(finished / "out"), "--seed", "3"]) == 0
+    assert capfd.readouterr().err.count("is finished, skipped") == 5
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_changed_configuration_is_noticed_and_nothing_is_lost(finished, capfd):
+    assert main(["run", str(finished / "small"), "--out", str(finished / "out"), "--seed", "4"]) == 2
+    assert "was finished in" in one_line(capfd)
+    assert (finished / "out" / "report.html").exists()
+
+
+def test_a_cut_stage_is_resumed_and_ends_as_if_it_had_not_been_cut(finished, tmp_path, monkeypatch):
+    recipe = write(tmp_path / "cut", {"1-pretrain": STAGES["1-pretrain"]})
+    from lightning_longrope.module import LongRoPEModule
+
+    real = LongRoPEModule.training_step
+
+    def dies(self, batch, batch_idx):
+        if self.global_step == 2:
+            raise RuntimeError("power cut")
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(LongRoPEModule, "training_step", dies)
+    words = ["run", str(recipe), "--out", str(tmp_path / "out"), "--seed", "3"]
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(words)
+    monkeypatch.setattr(LongRoPEModule, "training_step", real)
+    assert main(words) == 0
+    cut, whole = (
+        load_model(str(root / "out" / "1-pretrain" / "checkpoints" / "last.ckpt")) for root in (tmp_path, finished)
+    )
+    for one, other in zip(cut.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_given_model_leaves_the_first_stage_out(finished, tmp_path):
+    stages = {"1-pretrain": STAGES["1-pretrain"], "4-evaluate": measured(), "5-export": {
+        "command": "export", "run": CHECKPOINT, "out": "{out}/hf"}}  # fmt: skip
+    base = tmp_path / "base"
+    shutil.copytree(finished / "out" / "hf", base)
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
+    config["max_position_embeddings"] = 64
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "rescale_factors.json").unlink()
+    words = [
+        "run",
+        str(write(tmp_path / "r", stages)),
+        "--out",
+        str(tmp_path / "out"),
+        "--model.name_or_path",
+        str(base),
+    ]
+    assert main(words) == 0
+    assert not (tmp_path / "out" / "1-pretrain").exists()
+    assert (tmp_path / "out" / "hf" / "model.safetensors").exists()
+
+
+def test_a_stage_file_runs_alone_too(finished, tmp_path, capfd):
+    shutil.copytree(finished / "out" / "1-pretrain", tmp_path / "out" / "1-pretrain")
+    words = ["search", "-c", str(finished / "small" / "2-search.yaml"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert (tmp_path / "out" / "2-search" / "search" / "factors.json").exists()
+
+
+def one_line(capfd):
+    """The one line of an error; nothing else may look like one."""
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("longrope: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["serve"], "no command 'serve'"),
+        (["fit", "--trainer.max_stepss", "3"], "max_stepss"),
+        (["fit", "-c", "missing.yaml"], "missing.yaml"),
+        (["run", "missing"], "found none"),
+        (["run", "missing", "--nonsense"], "found none"),
+        (["report", "missing"], "missing"),
+        (["export", "missing", "hf"], "No checkpoint in missing"),
+        (["export", "missing"], "out"),
+        (["search", "--model.config", "{model_type: llama}", "--data", DATA["class_path"]], "needs one FactorSearch"),
+        (["fit", "--model.name_or_path", "missing/model", "--data", DATA["class_path"]], "missing/model"),
+    ],
+)
+def test_mistakes_get_one_clear_line_and_leave_nothing(words, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if words[0] in ("fit", "search"):
+        words = [*words, "--trainer.logger=false", "--trainer.accelerator=cpu"]
+    assert main(words) == 2
+    assert message in one_line(capfd)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "config.yaml"]
+
+
+def test_a_target_within_the_window_is_refused_before_anything_runs(finished, tmp_path, capfd):
+    shutil.copytree(finished / "out" / "1-pretrain", tmp_path / "out" / "1-pretrain")
+    words = ["compare", "-c", str(finished / "small" / "4-evaluate.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--target_length", "64"]) == 2
+    assert "`target_length` (64) must be longer" in one_line(capfd)
+
+
+def test_a_misspelt_key_in_the_last_stage_stops_the_recipe_before_the_first(tmp_path, capfd):
+    stages = {"1-pretrain": STAGES["1-pretrain"], "5-export": {**STAGES["5-export"], "tokeniser": "x"}}
+    assert main(["run", str(write(tmp_path / "r", stages)), "--out", str(tmp_path / "out")]) == 2
+    assert "stage 5-export" in one_line(capfd)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_of_a_command_lists_its_options(capfd):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--help"])
+    assert stop.value.code == 0
+    assert "--target_length" in capfd.readouterr().out

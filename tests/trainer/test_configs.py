@@ -1,0 +1,77 @@
+"""Every configuration that is shipped: each stage and each fragment is parsed and built, and none hides an argument."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_longrope import callbacks, datamodules
+from lightning_longrope.cli import LongRoPECLI
+from lightning_longrope.commands import _export_arguments, _words
+from lightning_longrope.recipes import read_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.parent for path in (ROOT / "configs").glob("*/1-*.yaml"))
+FRAGMENTS = sorted([*(ROOT / "callbacks").glob("*.yaml"), *(ROOT / "datamodules").glob("*.yaml")])
+LINKED = {"tokenizer"}  # a fragment must not set these: Lightning drops a linked argument that a file sets
+
+
+class Built(LongRoPECLI):
+    """Builds everything and runs nothing."""
+
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_every_stage_instantiates(recipe, tmp_path, short, monkeypatch):
+    monkeypatch.setattr("lightning_longrope.module.load_model", None)  # building must not load a model
+    stages = read_recipe(recipe, tmp_path, short=short)
+    assert len(stages) >= 5
+    for stage in stages:
+        if stage.command == "export":
+            assert _export_arguments(stage)
+            continue
+        cli = Built(_words(stage, []))
+        assert cli.trainer.default_root_dir == str(stage.folder)
+        assert cli.datamodule.seq_len > 0
+
+
+def test_there_is_the_quick_start():
+    assert [path.name for path in RECIPES] == ["quickstart"]
+
+
+def classes():
+    return [getattr(room, name) for room in (callbacks, datamodules) for name in room.__all__
+            if name not in ("Measurement", "MeasuringCallback")]  # fmt: skip
+
+
+def test_every_class_has_a_fragment_and_every_fragment_a_class():
+    named = {yaml.safe_load(path.read_text())["class_path"] for path in FRAGMENTS}
+    assert len(named) == len(FRAGMENTS) >= 5
+    assert named == {f"{cls.__module__.rsplit('.', 1)[0]}.{cls.__name__}" for cls in classes()}
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
+def test_a_fragment_shows_every_argument_with_its_default_and_builds(path, tmp_path):
+    fragment = yaml.safe_load(path.read_text())
+    cls = next(cls for cls in classes() if fragment["class_path"].endswith(f".{cls.__name__}"))
+    parameters = {k: v for k, v in inspect.signature(cls.__init__).parameters.items() if k != "self"}
+    assert set(fragment["init_args"]) == set(parameters) - LINKED
+    for name, value in fragment["init_args"].items():
+        default = parameters[name].default
+        if default is not inspect.Parameter.empty and not isinstance(default, tuple):
+            assert value == default, name
+    lines = [line for line in path.read_text().splitlines() if ":" in line and "_args" not in line]
+    assert all("#" in line for line in lines if line.startswith("  ") and not line.strip().startswith(("-", "#")))
+
+    kind = "--trainer.callbacks+=" if path.parent.name == "callbacks" else "--data="
+    words = ["validate", f"{kind}{path}", "--model.config", "{model_type: llama}"]
+    words += ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
+    if path.parent.name == "callbacks":
+        words += ["--data", "lightning_longrope.datamodules.SampleTextDataModule"]
+    cli = Built(words)
+    built = cli.trainer.callbacks if path.parent.name == "callbacks" else [cli.datamodule]
+    assert any(type(part) is cls for part in built)
