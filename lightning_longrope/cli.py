@@ -249,6 +249,8 @@ def _quiet() -> None:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
+    # Lightning's hints at products of its makers.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
     for message in (
         ".*does not have many workers.*",
         ".*LeafSpec.*",

@@ -88,6 +88,7 @@ class LongRoPEModule(LightningModule):
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
+        self.model.train()  # Hugging Face loads in eval mode, and Lightning keeps the mode it finds
         if self.config is not None:
             scale_initial_weights(self.model)
         if self.factors is not None:

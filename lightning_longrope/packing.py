@@ -155,21 +155,26 @@ class PackedRows:
             raise IndexError(f"row {number} of {self.text_rows}")
         self._enter(epoch)
         first, last = number * self._room, (number + 1) * self._room  # places in the stream, last exclusive
-        units = range(
-            *np.searchsorted(self._begins, [first + 1, last]) - [1, 0]
-        )  # documents met, by place in the order
-        pieces = [piece for unit in units for piece in self._pieces(unit, first, last)]
+        met = np.searchsorted(self._begins, [first + 1, last]) - [1, 0]  # documents, by their place in the order
+        pieces = [piece for unit in range(*met) for piece in self._pieces(unit, first, last)]
         row = np.concatenate([self._head, *pieces, self._foot])
         assert len(row) == self.seq_len, f"row {number} has {len(row)} tokens"
         return row
 
     def labels(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The row itself, not shifted, with ``IGNORED`` at every BOS; only at the first where EOS is the same token."""
+        """The row itself, not shifted, with ``IGNORED`` at every BOS and at the EOS that closes it.
+
+        Where one token is both, those inside the row say that a document ends, and are kept.
+        The EOS that closes a row mostly cuts a document. Learning it would teach that text ends at ``seq_len``, which
+        costs the last token of every full window; the EOS of documents that end inside rows is learnt.
+        """
         labels = row.copy()
         if self.bos is not None and self.bos == self.eos:
             labels[0] = IGNORED
         elif self.bos is not None:
             labels[row == self.bos] = IGNORED
+        if self.eos is not None:
+            labels[-1] = IGNORED
         return labels
 
     def _pieces(self, unit: int, first: int, last: int) -> list[NDArray[np.int64]]:

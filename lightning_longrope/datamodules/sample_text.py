@@ -105,9 +105,8 @@ class SampleTextDataModule(TokenDataModule):
         if not self.passkey_share:
             return None, 0.0
         prompts = PasskeyPrompts(self.tokenizer, filler="text", text=self.filler("train"), seed=self.seed)
-        rows = PasskeyRows(prompts, self.seq_len, self.passkey_questions, self.passkey_weight)
-        rows(random.Random(0))  # too many questions for the window: say so now
-        return rows, self.passkey_share
+        prompts.row(self.seq_len, self.passkey_questions, random.Random(0))  # too many for the window: say so now
+        return PasskeyRows(prompts, self.seq_len, self.passkey_questions, self.passkey_weight), self.passkey_share
 
     @cached_property
     def _texts(self) -> dict[str, list[str]]:

@@ -126,15 +126,14 @@ def length_axis(axes: "Axes", lengths: Sequence[int], margin: float) -> None:
     axes.set_xlim(lengths[0] / 2**margin, lengths[-1] * 2**margin)
 
 
-def log_ticks(axes: "Axes") -> None:
-    """A logarithmic y axis with plain numbers, as many as the range needs."""
+def log_ticks(axes: "Axes", low: float, top: float) -> None:
+    """A logarithmic y axis from ``low`` up to ``top`` at most, with plain numbers, as many as the range needs."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    steps = (
-        (1.0,) if high / low > 300 else (1.0, 2.0, 5.0) if high / low > 15 else (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-    )
+    high = min(axes.get_ylim()[1], top)
+    axes.set_ylim(low, high)
+    steps = (1.0, 2.0, 5.0) if high / low > 15 else (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
     axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -165,6 +164,8 @@ def name_lines(
 ) -> None:
     """Says which line is which: at their right ends, or below the frame where a narrow screen has no room.
 
+    Names of lines that have left the frame get an arrow.
+
     Args:
         figure: The figure of ``axes``.
         axes: Where the lines are.
@@ -172,7 +173,8 @@ def name_lines(
         narrow: Write below.
         markers: The lines have markers.
     """
-    named = [(name if len(name) < 24 else f"{name[:22]}…", method, height) for name, method, height in named]
+    top = axes.get_ylim()[1]
+    named = [(f"{_short(name)} ↑" if y > top else _short(name), method, min(y, top)) for name, method, y in named]
     if narrow:
         _legend(figure, named, markers)
         return
@@ -185,6 +187,10 @@ def name_lines(
         ends = ([1.0, 1.025], [min(max(height, 0), 1), place])
         axes.plot(*ends, transform=axes.transAxes, color=colour, linewidth=0.9, clip_on=False)
         axes.text(1.035, place, name, transform=axes.transAxes, va="center", color=INK, parse_math=False)
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 24 else f"{name[:22]}…"
 
 
 def _legend(figure: "Figure", named: Sequence[tuple[str, str, float]], markers: bool) -> None:
@@ -240,6 +246,7 @@ def scatter(axes: "Axes", x: Sequence[float], y: Sequence[float], marker: str = 
         marker,
         color=SOFT,
         alpha=0.5,
+        clip_on=False,
         markersize=3.2,
         markeredgewidth=0,
         rasterized=len(x) > _MOST_VECTORS,

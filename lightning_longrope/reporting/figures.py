@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.reporting import drawing
 from lightning_longrope.reporting.drawing import INK, PAPER, Plot
-from lightning_longrope.reporting.names import length_text, look, method_name, metric_name, value_text
+from lightning_longrope.reporting.names import ACCURACIES, length_text, look, method_name, metric_name
 from lightning_longrope.reporting.results import Result, Results
 from lightning_longrope.reporting.run_folder import Search, Stage
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORMULAS = ("linear", "ntk", "yarn")
+_READABLE = 30  # times the lowest loss: what lies higher has broken, and would press the rest into one line
 
 
 def search_curve(search: Search, name: str = "search_curve") -> Plot | None:
@@ -36,12 +37,11 @@ def search_curve(search: Search, name: str = "search_curve") -> Plot | None:
         drawing.scatter(axes, numbers, [min(score, top) for score in scores])
         axes.step(numbers, best, where="post", color=look("searched").light, linewidth=2.4, zorder=4)
         for method, score in baselines.items():
-            if score <= top:
-                axes.axhline(score, color=look(method).light, linewidth=1.4, zorder=3)
+            axes.axhline(score, color=look(method).light, linewidth=1.4, zorder=3)
         lowest = min(*scores, *baselines.values())
-        axes.set_ylim(lowest - 0.06 * (top - lowest), top + 0.03 * (top - lowest))
+        axes.set_ylim(lowest - 0.06 * (top - lowest), top)
         axes.set_xlim(numbers[0] - 1, numbers[-1] + 1)
-        named = [(_score_label(method_name(m), s, top), m, min(s, top)) for m, s in baselines.items()]
+        named = [(f"{method_name(method)} {score:.3f}", method, score) for method, score in baselines.items()]
         drawing.name_lines(figure, axes, [*named, (f"best {best[-1]:.3f}", "searched", best[-1])], narrow)
         return figure
 
@@ -70,15 +70,12 @@ def _is_baseline(line: dict[str, object]) -> bool:
 
 
 def _frame_top(scores: Sequence[float], baselines: Sequence[float]) -> float:
-    """Upper end of the frame: nine in ten candidates, and the baselines that do not squeeze them to a line."""
+    """Upper end of the frame: most candidates, the best baseline, and others that do not squeeze them to a line."""
     low = min(*scores, *baselines)
-    usual = sorted(scores)[math.ceil(0.9 * (len(scores) - 1))]
+    usual = sorted(scores)[math.ceil(0.75 * (len(scores) - 1))]
     near = [score for score in baselines if score - low <= 2.5 * (usual - low)]
-    return max([usual, *near]) if usual > low else max([*scores, *baselines, low + 1e-3])
-
-
-def _score_label(name: str, score: float, top: float) -> str:
-    return f"{name} {score:.3f}" + (" ↑" if score > top else "")
+    top = max([usual, *near, *sorted(baselines)[:1]])
+    return top + 0.08 * (top - low) if top > low else low + 1e-3
 
 
 def _search_rows(search: Search) -> list[tuple[object, ...]]:
@@ -138,7 +135,8 @@ def by_length(results: Results, metric: str, name: str) -> Plot | None:
         return None
     lengths = sorted({row.length for row in rows})
     methods = [method for method in results.methods(metric) if any(row.method == method for row in rows)]
-    accuracy = value_text(metric, 1.0).endswith("%")
+    accuracy = metric in ACCURACIES
+    top = _READABLE * min(row.value for row in rows)
 
     def draw(narrow: bool) -> "Figure":
         figure, axes = drawing.new_axes(narrow, metric_name(metric), "length in tokens")
@@ -155,12 +153,14 @@ def by_length(results: Results, metric: str, name: str) -> Plot | None:
             axes.set_ylim(-0.03, 1.03)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0 %", "25 %", "50 %", "75 %", "100 %"])
         else:
-            drawing.log_ticks(axes)
+            drawing.log_ticks(axes, 0.93 * min(_ends(row)[0] for row in rows), top)
         drawing.name_lines(figure, axes, named, narrow, markers=True)
         return figure
 
     table: list[tuple[object, ...]] = [(r.method, r.length, r.value, r.low, r.high, r.n) for r in rows]
     caption = "Whiskers are 95 % intervals; methods are drawn slightly beside each other."
+    if not accuracy and any(row.value > top for row in rows):
+        caption += " Lines that leave the frame go on above it; the table has their values."
     return Plot(name, caption, ("method", "length", "value", "low", "high", "n"), table, draw)
 
 

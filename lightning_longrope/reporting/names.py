@@ -96,7 +96,7 @@ def length_text(length: int) -> str:
 
 
 def value_text(metric: str, value: float | None) -> str:
-    """A measured value with the digits that mean something: 12.44, 103.2, 93 %."""
+    """A measured value with the digits that mean something: 12.44, 103.2, 6.87e6, 93 %."""
     if value is None:
         return "-"
     if not math.isfinite(value):
@@ -105,6 +105,8 @@ def value_text(metric: str, value: float | None) -> str:
         return f"{100 * value:.1f}".removesuffix(".0") + "\u00a0%"
     if metric == "bits_per_byte":
         return f"{value:.3f}"
+    if abs(value) >= 1e6:
+        return f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
     digits = 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
     return f"{value:,.{digits}f}"
 

@@ -192,7 +192,9 @@ def _search_facts(run: Run, stage: Stage, search: Search, suffix: str) -> dict[s
     ]
     return {
         "stage": stage.name,
-        "facts": [(name, str(value)) for name, value in facts if value is not None],
+        "facts": [
+            (name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in facts if value is not None
+        ],
         "finished": bool(state.get("finished", factors is not None)),
         "curve": f"search_curve{suffix}",
         "factors": f"factors{suffix}",

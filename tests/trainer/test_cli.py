@@ -93,7 +93,7 @@ def test_a_recipe_leaves_everything_a_run_folder_holds(finished):
 
 
 def test_the_comparison_is_tidy_and_complete(finished):
-    rows = list(csv.DictReader((finished / "out" / "results.csv").open()))
+    rows = list(csv.DictReader((finished / "out" / "results.csv").read_text().splitlines()))
     assert {row["method"] for row in rows} == {"none", "yarn", "searched", "tuned"}
     lengths = {(row["method"], row["length"]) for row in rows if row["metric"] == "perplexity"}
     assert len(lengths) == 4 * 2

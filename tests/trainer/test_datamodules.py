@@ -95,7 +95,7 @@ def test_sample_text_is_split_by_whole_files(sample):
 
 
 def test_the_split_is_drawn_from_the_seed_and_parts_are_for_training():
-    files, parts = [f"file {number}" * 6000 for number in range(100)], ["part"] * 2
+    files, parts = [f"file {number} " * 8000 for number in range(100)], ["part"] * 2
     splits = [sample_text.split_texts(files, parts, seed) for seed in (0, 0, 1)]
     assert splits[0] == splits[1]
     assert all(splits[0][split] != splits[2][split] for split in ("train", "validation", "test"))
@@ -160,7 +160,9 @@ def test_sample_epochs_read_the_whole_text_and_the_declared_share_of_passkey_row
     assert rows["input_ids"].shape == rows["labels"].shape == rows["weights"].shape == (len(loader.dataset), 128)
     assert (rows["input_ids"][:, 0] == bos).all()
     assert (rows["input_ids"][:, -1] == eos).all()
-    assert (rows["labels"] == rows["input_ids"].masked_fill(rows["input_ids"] == bos, IGNORED)).all()
+    labels = rows["input_ids"].masked_fill(rows["input_ids"] == bos, IGNORED)
+    labels[:, -1] = IGNORED  # the EOS that only says where the window ends
+    assert (rows["labels"] == labels).all()
     passkey = (rows["weights"] == 2).any(1)
     assert passkey.float().mean().item() == pytest.approx(0.3, abs=0.001)
     places = passkey.nonzero().flatten()
@@ -168,12 +170,14 @@ def test_sample_epochs_read_the_whole_text_and_the_declared_share_of_passkey_row
     text = rows["input_ids"][~passkey]
     text_tokens = ((text != bos) & (text != eos)).sum().item()
     assert 0 <= sample.documents("train").total - text_tokens < 128
+    questions = set()
     for row, weights in zip(rows["input_ids"][passkey][:50], rows["weights"][passkey][:50], strict=True):
         line = sample.tokenizer.decode(row)
         answers = sample.tokenizer.decode(row[weights == 2]).split()
-        assert len(answers) == 2
+        questions.add(len(answers))
         assert all(line.count(f"The pass key is {answer}. Remember it. {answer} is the") == 1 for answer in answers)
         assert all(line.count(f"What is the pass key? The pass key is {answer}") == 1 for answer in answers)
+    assert questions == {1, 2}
     assert per_row < 1e-3  # about 0.07 ms on one busy core
 
 

@@ -14,144 +14,18 @@ import pytest
 import torch
 import yaml
 from helpers import random_loader, tiny_llama
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from known_models import VOCABULARY, Data, Fake, Module, Positional, Repeater, trainer_with
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.precision import Precision
-from small_tokenizers import TEXT, byte_level, decode
-from torch import nn
+from small_tokenizers import byte_level, decode
 
-from lightning_longrope.callbacks import MeasuringCallback, PasskeyRetrieval, PerplexityByLength
+from lightning_longrope.callbacks import Measurement, MeasuringCallback, PasskeyRetrieval, PerplexityByLength
 from lightning_longrope.retrieval import PasskeyPrompts
 
-VOCABULARY = 720  # more than any of the tokenizers here has
 FRAGMENTS = Path(__file__).parents[2] / "callbacks"
-
-
-class Fake(nn.Module):
-    """What scoring sees of a Hugging Face model. Notes how it was called; a subclass says ``logits(row)``, [S, V]."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.part = nn.Dropout()
-        self.seen = []
-        self.config = SimpleNamespace(model_type="fake", get_text_config=lambda: SimpleNamespace(model_type="fake"))
-
-    @property
-    def device(self):
-        return self.weight.device
-
-    def get_decoder(self):
-        return self
-
-    base_model = property(get_decoder)
-
-    def get_output_embeddings(self):
-        return nn.Identity()
-
-    def forward(self, input_ids, **_):
-        self.seen.append(
-            SimpleNamespace(
-                shape=tuple(input_ids.shape),
-                autocast=torch.is_autocast_enabled("cpu"),
-                training=self.part.training,
-                grad=torch.is_grad_enabled(),
-            )
-        )
-        torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002 - a model that moves every random state
-        return SimpleNamespace(last_hidden_state=torch.stack([self.logits(row) for row in input_ids.tolist()]))
-
-
-class Repeater(Fake):
-    """Goes on as the text did after the last four tokens, if they stood at most ``reach`` tokens ago."""
-
-    def __init__(self, reach):
-        super().__init__()
-        self.reach = reach
-
-    def logits(self, row):
-        last, logits = {}, torch.zeros(len(row), VOCABULARY)
-        for t in range(3, len(row)):
-            context = tuple(row[t - 3 : t + 1])
-            if t - last.get(context, -math.inf) <= self.reach:
-                logits[t, row[last[context] + 1]] = 10.0
-            last[context] = t
-        return logits
-
-
-class Positional(Fake):
-    """A table of logits for the next token, sharper the later in the window: misplaced windows show."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0))
-
-    def logits(self, row):
-        return self.table[torch.tensor(row)] * (0.5 + torch.arange(len(row))[:, None] / 50)
-
-
-class Module(LightningModule):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch, batch_idx):
-        if isinstance(self.model, Fake):
-            return self.model.weight**2
-        return self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-    def test_step(self, batch, batch_idx):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Data(LightningDataModule):
-    seq_len = 48
-
-    def __init__(self, tokenizer=None):
-        super().__init__()
-        self.tokenizer = tokenizer or byte_level()
-        self.asked = []
-
-    def excerpts(self, split, count, length, seed=0):
-        self.asked.append((split, count, length, seed))
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        body = length - len(bos)
-        text = self.filler(split)[seed : seed + count * body].view(count, body)
-        return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, -1), text], dim=1)
-
-    def filler(self, split):
-        return torch.tensor(self.tokenizer.encode(TEXT, add_special_tokens=False))
-
-    def train_dataloader(self):
-        return random_loader()
-
-    def val_dataloader(self):
-        return random_loader(rows=2)
-
-    test_dataloader = val_dataloader
-
-
-def trainer_with(tmp_path, *callbacks, **kwargs):
-    settings = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 2,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": tmp_path,
-        "callbacks": list(callbacks),
-    }
-    return Trainer(**{**settings, **kwargs})
 
 
 def by_name(results):
@@ -184,17 +58,23 @@ def test_a_repeater_finds_exactly_the_keys_it_can_reach(tmp_path, filler):
 
 
 def test_one_wrong_digit_is_a_miss_whatever_the_number_of_tokens(tmp_path):
-    """Keys of 3 to 6 tokens share a batch; a model blind to one digit misses exactly the keys that hold it."""
+    """Keys of 3 to 6 tokens share a batch; a model blind to one digit misses exactly the keys that hold it.
+
+    It is blind to the last word of the question too, which is no part of the answer.
+    """
 
     class Blind(Repeater):
         def logits(self, row):
             logits = super().logits(row)
             logits[:, [token for text, token in tokenizer.get_vocab().items() if "7" in text]] = -1.0
+            logits[:, tokenizer.encode("The pass key is")[-1]] = -1.0
             return logits
 
     tokenizer = byte_level(split_digits=False)
+    data = Data(tokenizer)
+    data.filler = None  # the prompt of the paper needs no text
     callback = PasskeyRetrieval((300,), depths=2, trials=30, seed=3)
-    trainer_with(tmp_path, callback).validate(Module(Blind(reach=1000)), datamodule=Data(tokenizer), verbose=False)
+    trainer_with(tmp_path, callback).validate(Module(Blind(reach=1000)), datamodule=data, verbose=False)
     prompts = PasskeyPrompts(tokenizer, seed=3)
     trials = [[prompts.prompt(300, depth, trial) for trial in range(30)] for depth in (0.0, 1.0)]
     keys = [[decode(tokenizer, p.tokens[-p.answer :]) for p in row] for row in trials]
@@ -205,11 +85,14 @@ def test_one_wrong_digit_is_a_miss_whatever_the_number_of_tokens(tmp_path):
 
 def test_too_short_a_length_fails_before_training(tmp_path):
     module = Module(Repeater(9))
-    trainer = trainer_with(tmp_path, PasskeyRetrieval((64,)))
-    with pytest.raises(ValueError, match=r"needs at least \d+ tokens, got length 64"):
+    trainer = trainer_with(tmp_path, PasskeyRetrieval((80,)))
+    with pytest.raises(ValueError, match=r"needs at least \d+ tokens, got length 80"):
         trainer.fit(module, datamodule=Data())
     assert trainer.global_step == 0
     assert module.model.seen == []
+    short = PasskeyRetrieval((80,), trials=1, filler="text")  # has no preamble
+    trainer_with(tmp_path, short).validate(Module(Repeater(reach=80)), datamodule=Data(), verbose=False)
+    assert short.results[-1].value == 1
 
 
 # Perplexity
@@ -235,7 +118,7 @@ def cut(tokenizer, document, length):
 @pytest.mark.parametrize("bos", [True, False])
 def test_perplexity_of_every_length_agrees_with_plain_python(tmp_path, bos):
     model, data = Positional(), Data(byte_level(bos=bos))
-    callback = PerplexityByLength((16, 40, 15), documents=5, last=14, seed=2, batch_tokens=100)
+    callback = PerplexityByLength((16, 40, 15), documents=5, last=14, seed=2, batch_tokens=32)
     trainer = trainer_with(tmp_path, callback)
     trainer.validate(Module(model), datamodule=data, verbose=False)
     assert data.asked == [("validation", 5, 40, 2)]
@@ -268,7 +151,7 @@ def test_perplexity_of_every_length_agrees_with_plain_python(tmp_path, bos):
             assert m.n == 5
             assert trainer.callback_metrics[f"{metric}/{length}"].item() == pytest.approx(m.value, rel=1e-6)
     assert ("perplexity_last14", 15, None) in found or bos
-    assert max(rows * length for rows, length in (seen.shape for seen in model.seen)) <= 100
+    assert max(rows * length for rows, length in (seen.shape for seen in model.seen)) == 40  # one row, above 32
 
 
 def test_bits_per_byte_is_exact_in_plain_letters(tmp_path):
@@ -376,6 +259,25 @@ def test_measuring_by_hand_leaves_no_trace(tmp_path, index):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+
+
+def test_a_subclass_measures_without_gradients_and_logs_its_means(tmp_path):
+    class Weight(MeasuringCallback):
+        prepared = None
+
+        def prepare(self, datamodule, lengths):
+            self.prepared = (datamodule, tuple(lengths))
+
+        def measure_length(self, trainer, module, length):
+            assert not (module.model.weight * 2).requires_grad
+            return [Measurement("weight", length, depth, length / 2, 0.0, 1.0, 1) for depth in (None, 0.5)]
+
+    callback, module, data = Weight((8, 4)), Module(Positional()), Data()
+    trainer = trainer_with(tmp_path, callback, inference_mode=False)
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert callback.prepared == (data, (8, 4))
+    assert trainer.callback_metrics == {"weight/8": 4.0, "weight/4": 2.0}
+    assert [m.length for m in callback.measure(trainer, module)] == [8, 8, 4, 4]
 
 
 def test_modes_come_back_when_a_measurement_fails(tmp_path):

@@ -53,7 +53,7 @@ def test_filling_rows_have_no_label_and_a_plain_index_is_of_epoch_0():
     assert (data[3, FILLING]["labels"] == IGNORED).all()
     assert data[3, FILLING]["input_ids"].shape == (6,)
     assert data[2]["input_ids"].tolist() == data[0, 2]["input_ids"].tolist()
-    assert data[2]["labels"].tolist() == [IGNORED, *data[2]["input_ids"].tolist()[1:]]
+    assert data[2]["labels"].tolist() == [IGNORED, *data[2]["input_ids"].tolist()[1:-1], IGNORED]
     assert "weights" not in data[2]
 
 
@@ -65,7 +65,7 @@ def test_extra_rows_are_made_from_seed_epoch_and_number():
     made = [data[epoch, index] for epoch in (0, 1) for index in range(40)]
     extras = [tuple(row["input_ids"].tolist()) for row in made if row["weights"][0] == 3]
     assert len(extras) == len(set(extras)) == 40  # half of two epochs, no two alike
-    assert all(row["labels"].tolist() == [IGNORED, *row["input_ids"].tolist()[1:]] for row in made)
+    assert all(row["labels"].tolist() == [IGNORED, *row["input_ids"].tolist()[1:-1], IGNORED] for row in made)
     text = sorted(token for row in made[:40] if row["weights"][0] == 1 for token in row["input_ids"].tolist()[1:5])
     assert text == list(range(10, 90))  # the text is read whole nevertheless
     for index in (33, 4, 17):
@@ -117,6 +117,11 @@ def test_the_place_is_kept_when_ranks_or_batch_size_change():
         made.load_state_dict(ranks[0].state_dict())
     shares = [[row for batch in batches(made) for row in batch] for made in resumed]
     assert [row for step in zip(*shares, strict=True) for row in step] == whole[8:]
+
+
+def test_an_epoch_hands_out_every_row():
+    text = [token for batch in batches(loader(epoch=4)) for row in batch for token in row[1:5]]
+    assert sorted(text) == list(range(10, 90))
 
 
 def test_a_state_of_other_rows_is_not_taken():

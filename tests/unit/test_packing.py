@@ -123,12 +123,13 @@ def test_extra_rows_come_on_top_of_the_text_at_places_drawn_anew():
 @pytest.mark.parametrize(
     ("bos", "eos", "expected"),
     [
-        (BOS, EOS, [IGNORED, 12, EOS, IGNORED, 13, EOS]),
-        (None, EOS, [BOS, 12, EOS, BOS, 13, EOS]),
-        (EOS, EOS, [IGNORED, 12, EOS, BOS, 13, EOS]),
+        (BOS, EOS, [IGNORED, 12, EOS, IGNORED, 13, IGNORED]),
+        (None, EOS, [BOS, 12, EOS, BOS, 13, IGNORED]),
+        (EOS, EOS, [IGNORED, 12, EOS, BOS, 13, IGNORED]),
+        (BOS, None, [IGNORED, 12, EOS, IGNORED, 13, EOS]),
     ],
 )
-def test_labels_are_the_row_but_for_bos(bos, eos, expected):
+def test_labels_are_the_row_but_for_bos_and_the_eos_that_closes_it(bos, eos, expected):
     row = np.array([EOS if bos == EOS else BOS, 12, EOS, BOS, 13, EOS])
     rows = PackedRows(documents(20), seq_len=6, bos=bos, eos=eos)
     before = row.copy()
