@@ -250,7 +250,9 @@ def _quiet() -> None:
         log.setLevel(logging.INFO)
         log.propagate = False
     # Lightning's hints at products of its makers.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     for message in (
         ".*does not have many workers.*",
         ".*LeafSpec.*",

@@ -17,8 +17,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_longrope import __version__
 from lightning_longrope.cli import LongRoPECLI, command_line
+from lightning_longrope.datamodules.sample_text import library_files
 from lightning_longrope.files import write_json
-from lightning_longrope.model import load_model, load_tokenizer
+from lightning_longrope.model import installed_factors, load_model, load_tokenizer
 from lightning_longrope.recipes import Stage, from_model, read_recipe, read_stage, with_seed
 
 log = logging.getLogger("lightning_longrope")
@@ -196,13 +197,21 @@ def export_checkpoint(run: str, out: str, tokenizer: str | None = None, drop_sta
     found = tokenizer or find_tokenizer(checkpoint)
     if found is None:
         log.info("No tokenizer found near %s: exporting the model alone (--tokenizer adds one).", checkpoint)
-    export_model(
-        load_model(str(checkpoint)),
-        load_tokenizer(found) if found else None,
-        out,
-        drop_start_tokens=drop_start_tokens,
-    )
-    return Path(out)
+    model, tokens = load_model(str(checkpoint)), load_tokenizer(found) if found else None
+    return export_model(model, tokens, out, drop_start_tokens=drop_start_tokens, example=_example(model, tokens))
+
+
+def _example(model: Any, tokenizer: Any) -> torch.Tensor | None:
+    """Text to measure on what dropping start tokens would cost: at most 32k tokens; None where it is not needed."""
+    factors = installed_factors(model)
+    if tokenizer is None or factors is None or not factors.start_tokens:
+        return None
+    length, tokens = min(factors.target_length, 32_768), []
+    for text in library_files():
+        tokens += tokenizer(text)["input_ids"]
+        if len(tokens) >= length:
+            break
+    return torch.tensor(tokens[:length])
 
 
 def find_tokenizer(checkpoint: Path) -> str | None:

@@ -67,9 +67,7 @@ class MethodComparison(Callback):
         folder: Where the rows of a method are kept.
     """
 
-    def __init__(
-        self, tables: dict[str, TableAt | None], measuring: Sequence[MeasuringCallback], folder: Path
-    ) -> None:
+    def __init__(self, tables: dict[str, TableAt | None], measuring: Sequence[MeasuringCallback], folder: Path) -> None:
         self.tables = tables
         self.measuring = measuring
         self.folder = folder
