@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         sys.stdout.write(f"longrope {__version__}\n")
         return 0
-    from lightning_longrope.cli import run_command
+    from lightning_longrope.commands import run_command
 
     return run_command(arguments[0], arguments[1:])
 

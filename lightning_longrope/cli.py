@@ -1,18 +1,12 @@
-"""The commands behind ``longrope``: LightningCLI for what needs a trainer, plain functions for the rest."""
+"""LightningCLI around this package: a trainer that searches and compares, and errors of one line."""
 
 import logging
-import os
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_longrope.callbacks.comparison import (
@@ -199,63 +193,3 @@ def bf16_runs() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def command_line(name: str, function: Callable[..., Any], positionals: tuple[str, ...], arguments: list[str]) -> Any:
-    """Calls ``function`` with words of the command line: ``positionals`` first, every other parameter an option."""
-    parser = _PlainParser(prog=f"longrope {name}", description=(function.__doc__ or "").split("\n")[0])
-    for positional in positionals:
-        parser.add_argument(positional, help=f"see the documentation of `{name}`")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a file with any of these options")
-    parser.add_function_arguments(function, skip=set(positionals), as_positional=False)
-    given = parser.parse_args(arguments).as_dict()
-    given.pop("config", None)
-    return function(**given)
-
-
-class _PlainParser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(" ".join(message.split())) from ex
-
-
-def run_command(command: str, arguments: list[str]) -> int:
-    """Runs one command of the command line; see ``__main__``.
-
-    Returns:
-        The exit status: 2 after one line on what the user can mend, which starts with ``longrope: error:``.
-    """
-    from lightning_longrope import commands  # the commands import this module
-
-    _quiet()
-    known = {**dict.fromkeys(LongRoPECLI.subcommands(), commands.trainer), "run": commands.run}
-    known |= {"export": commands.export, "report": commands.report}
-    try:
-        if command not in known:
-            raise ValueError(f"there is no command {command!r}; there are {', '.join(known)}.")
-        known[command](command, arguments)
-    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
-        if os.environ.get("LONGROPE_TRACEBACK"):
-            raise
-        sys.stderr.write(f"longrope: error: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
-
-
-def _quiet() -> None:
-    """Messages of this package on, advice that does not fit its runs off."""
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-    # Lightning's hints at products of its makers.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-    for message in (
-        ".*does not have many workers.*",
-        ".*LeafSpec.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-    ):
-        warnings.filterwarnings("ignore", message)

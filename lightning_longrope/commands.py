@@ -3,21 +3,26 @@
 import argparse
 import gc
 import logging
+import os
 import platform
 import shlex
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_longrope import __version__
-from lightning_longrope.cli import LongRoPECLI, command_line
-from lightning_longrope.datamodules.sample_text import library_files
+from lightning_longrope.cli import LongRoPECLI
+from lightning_longrope.datamodules.sample_text import library_sources
 from lightning_longrope.files import write_json
 from lightning_longrope.model import installed_factors, load_model, load_tokenizer
 from lightning_longrope.recipes import Stage, from_model, read_recipe, read_stage, with_seed
@@ -207,7 +212,7 @@ def _example(model: Any, tokenizer: Any) -> torch.Tensor | None:
     if tokenizer is None or factors is None or not factors.start_tokens:
         return None
     length, tokens = min(factors.target_length, 32_768), []
-    for text in library_files():
+    for text in library_sources():
         tokens += tokenizer(text)["input_ids"]
         if len(tokens) >= length:
             break
@@ -249,3 +254,63 @@ def report(command: str, arguments: list[str]) -> None:
         return write_report(Path(run))
 
     sys.stdout.write(f"{command_line(command, write, ('run',), arguments)}\n")
+
+
+def command_line(name: str, function: Callable[..., Any], positionals: tuple[str, ...], arguments: list[str]) -> Any:
+    """Calls ``function`` with words of the command line: ``positionals`` first, every other parameter an option."""
+    parser = _PlainParser(prog=f"longrope {name}", description=(function.__doc__ or "").split("\n")[0])
+    for positional in positionals:
+        parser.add_argument(positional, help=f"see the documentation of `{name}`")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a file with any of these options")
+    parser.add_function_arguments(function, skip=set(positionals), as_positional=False)
+    given = parser.parse_args(arguments).as_dict()
+    given.pop("config", None)
+    return function(**given)
+
+
+class _PlainParser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ValueError(" ".join(message.split())) from ex
+
+
+def run_command(command: str, arguments: list[str]) -> int:
+    """Runs one command of the command line; see ``__main__``.
+
+    Returns:
+        The exit status: 2 after one line on what the user can mend, which starts with ``longrope: error:``.
+    """
+    _quiet()
+    known = {**dict.fromkeys(LongRoPECLI.subcommands(), trainer), "run": run}
+    known |= {"export": export, "report": report}
+    try:
+        if command not in known:
+            raise ValueError(f"there is no command {command!r}; there are {', '.join(known)}.")
+        known[command](command, arguments)
+    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+        if os.environ.get("LONGROPE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"longrope: error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    """False for Lightning's hints at products of its makers."""
+    return "Tip:" not in record.getMessage()
+
+
+def _quiet() -> None:
+    """Messages of this package on, advice that does not fit its runs off."""
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -43,10 +43,12 @@ class Prompt:
     Attributes:
         tokens: [S] int64, prompt and answer.
         answer: Number of tokens at the end of ``tokens`` that are the answer.
+        filler: [S] bool, true on the filler around the needle.
     """
 
     tokens: Tensor
     answer: int
+    filler: Tensor
 
 
 class PasskeyPrompts:
@@ -144,7 +146,7 @@ class PasskeyPrompts:
             trial: Number of the trial; each has its own key (and slice of text).
 
         Returns:
-            The tokens, [length] int64, and how many of them are the answer.
+            The tokens, [length] int64, how many of them are the answer, and which are filler.
 
         Raises:
             ValueError: If ``depth`` is not in [0, 1], ``length`` is below ``shortest``, or ``text`` is too short.
@@ -162,7 +164,11 @@ class PasskeyPrompts:
             )
         before = round(depth * (length - used))
         first, second = self._fill([before, length - used - before], rng)
-        return Prompt(_join([opening, first, needle, second, self._question, answer]), answer=len(answer))
+        tokens = _join([opening, first, needle, second, self._question, answer])
+        filler = torch.zeros(length, dtype=torch.bool)
+        for start, part in ((len(opening), first), (len(opening) + before + len(needle), second)):
+            filler[start : start + len(part)] = True
+        return Prompt(tokens, len(answer), filler)
 
     def row(self, length: int, questions: int, rng: random.Random) -> tuple[Tensor, Tensor]:
         """A training row: sections of random size, each with a fresh key hidden in it and asked for at its end.

@@ -72,10 +72,19 @@ class SearchDocument:
     Attributes:
         tokens: [S] int64.
         answer: Number of tokens at the end that answer a question about the text; 0 for plain text.
+        text: [S] bool, true on the tokens that count as text; all but the answer by default. A needle and its
+            question do not: predicting the second mention of a key is retrieval too.
     """
 
     tokens: Tensor
     answer: int = 0
+    text: Tensor | None = None
+
+    @property
+    def counted(self) -> Tensor:
+        """[S - 1] bool: whether predicting token ``t + 1`` counts as text."""
+        text = torch.arange(len(self.tokens)) < len(self.tokens) - self.answer if self.text is None else self.text
+        return text[1:]
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ def search_documents(
     for index, text in enumerate(texts):
         prompts = PasskeyPrompts(tokenizer, filler="text", text=text, seed=seed)
         prompt = prompts.prompt(length, (index + 0.5) / len(texts), index)
-        documents.append(SearchDocument(prompt.tokens, prompt.answer))
+        documents.append(SearchDocument(prompt.tokens, prompt.answer, prompt.filler))
     return documents
 
 
@@ -214,9 +223,12 @@ def _row_sums(model: Any, factors: list[RescaleFactors], documents: list[SearchD
     input_ids = torch.stack([document.tokens for document in documents]).to(model.device)
     with candidate_rows(model, factors):
         nll = token_nll(model, input_ids).double().cpu()
-    text = nll.shape[1] - answer
-    counts = torch.tensor([text, answer], dtype=torch.float64).expand(len(documents), 2)
-    return torch.stack([nll[:, :text].sum(1), counts[:, 0], nll[:, text:].sum(1), counts[:, 1]], dim=1)
+    counted = torch.stack([document.counted for document in documents])
+    answers = torch.arange(nll.shape[1]) >= nll.shape[1] - answer
+    # where() and not a product: a NaN outside of a mask must not reach its sum
+    sums = [torch.where(mask, nll, 0.0).sum(1) for mask in (counted, answers)]
+    counts = [mask.expand_as(nll).sum(1).double() for mask in (counted, answers)]
+    return torch.stack([sums[0], counts[0], sums[1], counts[1]], dim=1)
 
 
 def _score(sums: list[float], objective: Objective) -> Score:

@@ -85,9 +85,9 @@ def search_factors(
         target_length: Window to reach, in tokens; longer than the model's own.
         tokenizer: Tokenizer of the model; with it the objective asks for pass keys too.
         algorithm: What proposes the candidates; ``RampSearch`` by default.
-        objective: ``perplexity`` (nll of the text), ``needle`` (nll of the answers to questions about hidden pass
-            keys), ``mixed`` (the sum of both, from one forward pass). By default ``mixed`` with a tokenizer and
-            ``perplexity`` without: plain perplexity does not see retrieval, and often ends without it.
+        objective: ``perplexity`` (mean nll of text tokens), ``needle`` (mean nll of answer tokens to questions about
+            hidden pass keys), ``mixed`` (the sum of both, from one forward pass). By default ``mixed`` with a tokenizer
+            and ``perplexity`` without: plain perplexity does not see retrieval, and often ends without it.
         max_evaluations: Most candidates to score; the algorithm's own number by default.
         seed: Of the candidates and the pass keys.
         pinned: Number of fastest frequency pairs held at 1, which protects retrieval; an eighth of them, 4 at most,
@@ -193,7 +193,7 @@ class _Evaluator:
         self._fingerprint = {
             **algorithm.fingerprint,
             "objective": self.objective,
-            "documents": _digest([(row.tokens.tolist(), row.answer) for row in self.rows]),
+            "documents": _digest([(row.tokens.tolist(), row.answer, row.counted.tolist()) for row in self.rows]),
             "model": model_digest(self.model),
         }
         if folder is not None and self.workers.rank == 0:
