@@ -9,14 +9,12 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -181,7 +179,12 @@ def _export_arguments(stage: Stage) -> dict[str, Any]:
 
 def export(command: str, arguments: list[str]) -> None:
     """``longrope export RUN OUT``."""
-    sys.stdout.write(f"{command_line(command, export_checkpoint, ('run', 'out'), arguments)}\n")
+    parser = _Parser(prog="longrope export", description="Writes a Hugging Face folder from a run or a checkpoint.")
+    parser.add_argument("run", help="output folder of a recipe or a stage, a .ckpt, or a model folder")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--tokenizer", help="name or folder of the tokenizer; the one of the run by default")
+    parser.add_argument("--drop-start-tokens", action="store_true", help="export although that changes the model")
+    sys.stdout.write(f"{export_checkpoint(**vars(parser.parse_args(arguments)))}\n")
 
 
 def export_checkpoint(run: str, out: str, tokenizer: str | None = None, drop_start_tokens: bool = False) -> Path:
@@ -243,34 +246,12 @@ def find_checkpoint(run: Path) -> Path:
 
 def report(command: str, arguments: list[str]) -> None:
     """``longrope report RUN``."""
+    parser = _Parser(prog="longrope report", description="Writes report.html, figures and one results.csv of a run.")
+    parser.add_argument("run", type=Path, help="output folder of a recipe or a stage")
+    given = parser.parse_args(arguments)
     from lightning_longrope.reporting import write_report
 
-    def write(run: str) -> Path:
-        """Writes report.html, the figures and the joined results.csv of a run.
-
-        Args:
-            run: Output folder of a recipe or a stage.
-        """
-        return write_report(Path(run))
-
-    sys.stdout.write(f"{command_line(command, write, ('run',), arguments)}\n")
-
-
-def command_line(name: str, function: Callable[..., Any], positionals: tuple[str, ...], arguments: list[str]) -> Any:
-    """Calls ``function`` with words of the command line: ``positionals`` first, every other parameter an option."""
-    parser = _PlainParser(prog=f"longrope {name}", description=(function.__doc__ or "").split("\n")[0])
-    for positional in positionals:
-        parser.add_argument(positional, help=f"see the documentation of `{name}`")
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a file with any of these options")
-    parser.add_function_arguments(function, skip=set(positionals), as_positional=False)
-    given = parser.parse_args(arguments).as_dict()
-    given.pop("config", None)
-    return function(**given)
-
-
-class _PlainParser(ArgumentParser):
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(" ".join(message.split())) from ex
+    sys.stdout.write(f"{write_report(given.run)}\n")
 
 
 def run_command(command: str, arguments: list[str]) -> int:
@@ -286,7 +267,7 @@ def run_command(command: str, arguments: list[str]) -> int:
         if command not in known:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(known)}.")
         known[command](command, arguments)
-    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("LONGROPE_TRACEBACK"):
             raise
         sys.stderr.write(f"longrope: error: {' '.join(str(error).split())}\n")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_longrope import load_model
 from lightning_longrope.__main__ import main
+from lightning_longrope.cli import LongRoPECLI
+from lightning_longrope.recipes import read_stage
 
 MODEL = {**LLAMA, "vocab_size": 300, "hidden_size": 32, "max_position_embeddings": 64}
 DATA = {"class_path": "lightning_longrope.datamodules.SampleTextDataModule"}
@@ -111,6 +114,31 @@ def test_the_exported_folder_is_the_tuned_model(finished):
         with torch.no_grad():
             torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-3)
     assert (finished / "out" / "hf" / "tokenizer.json").exists()
+
+
+def test_start_tokens_are_refused_with_what_dropping_them_costs(finished, tmp_path, capfd):
+    source = finished / "out" / "3-finetune" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(source, weights_only=True)
+    checkpoint["longrope"]["factors"]["start_tokens"] = 4
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    torch.save(checkpoint, tmp_path / "out" / "checkpoints" / "last.ckpt")
+    tokenizer = str(next((finished / "data").glob("tokenizer-*")))
+    words = ["export", str(tmp_path / "out"), str(tmp_path / "hf"), "--tokenizer", tokenizer]
+    assert main(words) == 2
+    assert re.search(r"perplexity on the 128 example tokens goes from \d+", one_line(capfd))
+    assert not (tmp_path / "hf").exists()
+    assert main([*words, "--drop-start-tokens"]) == 0
+    assert (tmp_path / "hf" / "config.json").exists()
+
+
+def test_without_bf16_the_run_goes_on_in_float32_and_says_so(finished, monkeypatch, capfd):
+    monkeypatch.setattr("lightning_longrope.cli.bf16_runs", lambda: False)
+    stage = read_stage(finished / "small" / "2-search.yaml", finished / "out")
+    cli = LongRoPECLI(
+        ["search", "--config", yaml.safe_dump(stage.config), "--trainer.precision", "bf16-mixed"], check=True
+    )
+    assert cli.config["search"].trainer.precision == "32-true"
+    assert capfd.readouterr().err.count("going on in float32") == 1
 
 
 def test_a_second_run_skips_what_is_finished(finished, capfd):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_longrope import LongRoPEModule, RescaleFactors, load_model
 from lightning_longrope.model import install_factors, installed_factors
-from lightning_longrope.module import decoder_layers, scale_initial_weights
+from lightning_longrope.module import compile_decoder_layers, decoder_layers, scale_initial_weights
 from lightning_longrope.optimizers import MuonAdamW, Schedule
 
 SHAPE = {"rotary_size": 16, "base": 10_000.0, "original_length": 32, "target_length": 64}
@@ -157,6 +157,23 @@ def test_initial_weights_have_the_size_they_should(tmp_path):
     layer = decoder_layers(model)[0]
     assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(256**-0.5, rel=0.03)
     assert layer.mlp.down_proj.weight.std().item() == pytest.approx(512**-0.5 / 2, rel=0.03)  # sqrt(2 * 2 layers)
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    model = load_model(config=LLAMA)
+    with caplog.at_level("INFO", "lightning_longrope"):
+        compile_decoder_layers(model)
+    assert caplog.text.count("without torch.compile") == 1
+    assert all(layer._compiled_call_impl is None for layer in decoder_layers(model))
+
+
+def test_a_loaded_model_trains_in_training_mode(tmp_path):
+    """Hugging Face loads in eval mode; left there, dropout would be off in every fine-tune."""
+    load_model(config=LLAMA).save_pretrained(tmp_path)
+    module = LongRoPEModule(str(tmp_path))
+    module.configure_model()
+    assert all(part.training for part in module.modules())
 
 
 @pytest.mark.parametrize("arguments", [{}, {"name_or_path": "a", "config": LLAMA}])
