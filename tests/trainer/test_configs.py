@@ -72,6 +72,8 @@ def test_a_fragment_shows_every_argument_with_its_default_and_builds(path, tmp_p
     words += ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"]
     if path.parent.name == "callbacks":
         words += ["--data", "lightning_longrope.datamodules.SampleTextDataModule"]
+    if path.stem == "packed_text":
+        words += ["--data.train_files", "[text.txt]"]  # which the fragment leaves to its user
     cli = Built(words)
     built = cli.trainer.callbacks if path.parent.name == "callbacks" else [cli.datamodule]
     assert any(type(part) is cls for part in built)
