@@ -128,8 +128,9 @@ def search_documents(
 ) -> list[SearchDocument]:
     """Rows of exactly ``length`` tokens for an objective.
 
-    For ``needle`` and ``mixed`` a pass key is hidden in each text, at depths spread evenly over the documents, and
-    asked for at the end; the text is cut so that the row keeps its length.
+    For ``needle`` and ``mixed`` a pass key is hidden in the first half of each text, at depths spread evenly over the
+    documents, and asked for at the end: at distances that are new to the model. The text is cut so that the row keeps
+    its length.
 
     Args:
         texts: Documents, each a 1-D int64 tensor of at least ``length`` tokens.
@@ -155,7 +156,7 @@ def search_documents(
     documents = []
     for index, text in enumerate(texts):
         prompts = PasskeyPrompts(tokenizer, filler="text", text=text, seed=seed)
-        prompt = prompts.prompt(length, (index + 0.5) / len(texts), index)
+        prompt = prompts.prompt(length, (index + 0.5) / len(texts) / 2, index)
         documents.append(SearchDocument(prompt.tokens, prompt.answer, prompt.filler))
     return documents
 

@@ -1,10 +1,12 @@
 """Scores against Hugging Face's own loss, one candidate and one document at a time."""
 
 import math
+import re
 
 import pytest
 import torch
 from helpers import tiny_llama
+from small_tokenizers import byte_level
 
 from lightning_longrope import scoring
 from lightning_longrope.factors import RescaleFactors
@@ -60,6 +62,36 @@ def test_scores_are_those_of_candidates_alone(model, candidates, documents, obje
             answer += nll[-document.answer :]
         expected = combine(sum(text) / len(text), sum(answer) / len(answer))
         assert score.value == pytest.approx(expected, abs=5e-6)
+
+
+def test_keys_are_hidden_in_the_first_half_and_only_ordinary_text_counts_as_text():
+    tokenizer = byte_level()
+    words = tokenizer(" ".join(f"word{number}" for number in range(400)))["input_ids"]
+    texts = [torch.tensor(words[start : start + 600]) for start in (0, 100, 200, 300)]
+    documents = search_documents(texts, 500, "mixed", tokenizer)
+    places = []
+    for document, text in zip(documents, texts, strict=True):
+        assert len(document.tokens) == 500
+        key = tokenizer.decode(document.tokens[-document.answer :]).strip()
+        assert re.fullmatch(r"[1-9]\d{4}", key)
+        before, inside, after = (tokenizer.decode(part) for part in split_at_gap(document))
+        assert f"The pass key is {key}. Remember it. {key} is the pass key." in inside
+        assert "pass key" not in before + after
+        assert before in tokenizer.decode(text)
+        assert after in tokenizer.decode(text)
+        places.append(document.text.tolist().index(False, 1))
+    assert places == sorted(places)
+    assert places[-1] < 250 < 2 * places[-1]
+
+
+def split_at_gap(document):
+    """Tokens of the text before the needle, of the needle, and of the text after it."""
+    text = document.text.tolist()
+    start = text.index(True)
+    gap = text.index(False, start)
+    stop = text.index(True, gap)
+    end = text.index(False, stop)
+    return document.tokens[start:gap], document.tokens[gap:stop], document.tokens[stop:end]
 
 
 class Ranks:
