@@ -200,11 +200,6 @@ def score_candidates(
     return [_score(row, objective) for row in workers.sum(sums).sum(1).tolist()]
 
 
-def forward_rows(candidates: int, documents: int) -> int:
-    """Document-forwards that scoring costs: the unit in which searches are compared."""
-    return candidates * documents
-
-
 def _plan(
     candidates: Sequence[RescaleFactors], documents: Sequence[SearchDocument], batch_tokens: int
 ) -> Iterator[list[tuple[int, int]]]:
