@@ -88,7 +88,12 @@ class TokenDataModule(LightningDataModule):
         return {name: store.documents for name, store in stores.items()}
 
     def default_tokenizer(self) -> Any:
-        """The tokenizer where none was named."""
+        """The tokenizer where none was named: that of the model being trained."""
+        model = getattr(self.trainer, "lightning_module", None)
+        if (name := getattr(model, "name_or_path", None)) is not None:
+            from lightning_longrope.model import load_tokenizer
+
+            return load_tokenizer(name)
         raise ValueError(f"{type(self).__name__} needs `tokenizer`: the name or folder of a Hugging Face tokenizer.")
 
     @property

@@ -6,6 +6,7 @@ import sysconfig
 import time
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -418,3 +419,13 @@ def test_fragments_name_every_argument_with_its_default(path):
     assert list(fragment["init_args"]) == list(defaults)
     if owner is SampleTextDataModule:  # the other one needs files
         assert owner(**config.data.init_args).seq_len == fragment["init_args"]["seq_len"]
+
+
+def test_the_tokenizer_is_that_of_the_model_where_none_is_named(sample, tmp_path):
+    sample.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    data = PackedTextDataModule([str(tmp_path / "a.txt")], seq_len=16, cache_dir=None)
+    with pytest.raises(ValueError, match="needs `tokenizer`"):
+        _ = data.tokenizer
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(name_or_path=str(tmp_path / "model")))
+    assert data.tokenizer.get_vocab() == sample.tokenizer.get_vocab()
