@@ -8,7 +8,8 @@ import yaml
 
 from lightning_longrope import callbacks, datamodules
 from lightning_longrope.cli import LongRoPECLI
-from lightning_longrope.commands import _export_arguments, _words
+from lightning_longrope.commands.export import export_arguments
+from lightning_longrope.commands.recipe import stage_words
 from lightning_longrope.recipes import read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -32,9 +33,9 @@ def test_every_stage_instantiates(recipe, tmp_path, short, monkeypatch):
     assert len(stages) >= 5
     for stage in stages:
         if stage.command == "export":
-            assert _export_arguments(stage)
+            assert export_arguments(stage)
             continue
-        cli = Built(_words(stage, []))
+        cli = Built(stage_words(stage, []))
         assert cli.trainer.default_root_dir == str(stage.folder)
         assert cli.datamodule.seq_len > 0
 

@@ -1,0 +1,55 @@
+"""What each word after ``longrope`` does."""
+
+import logging
+import os
+import sys
+import warnings
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_longrope.cli import LongRoPECLI
+from lightning_longrope.commands import export, recipe, report, train
+
+log = logging.getLogger("lightning_longrope")
+
+
+def run_command(command: str, arguments: list[str]) -> int:
+    """Runs one command of the command line; see ``__main__``.
+
+    Returns:
+        The exit status: 2 after one line on what the user can mend, which starts with ``longrope: error:``.
+    """
+    _quiet()
+    known = {**dict.fromkeys(LongRoPECLI.subcommands(), train.trainer), "run": recipe.run}
+    known |= {"export": export.export, "report": report.report}
+    try:
+        if command not in known:
+            raise ValueError(f"there is no command {command!r}; there are {', '.join(known)}.")
+        known[command](command, arguments)
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if os.environ.get("LONGROPE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"longrope: error: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    """False for Lightning's hints at products of its makers."""
+    return "Tip:" not in record.getMessage()
+
+
+def _quiet() -> None:
+    """Messages of this package on, advice that does not fit its runs off."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,94 @@
+"""``longrope export``: a Hugging Face folder from a checkpoint or run."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_longrope.commands.parsing import Parser
+from lightning_longrope.datamodules.sample_text import library_sources
+from lightning_longrope.model import installed_factors, load_model, load_tokenizer
+from lightning_longrope.recipes import Stage
+
+log = logging.getLogger("lightning_longrope")
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+def export_arguments(stage: Stage) -> dict[str, Any]:
+    """What a stage file gives to ``export_checkpoint``, its keys checked."""
+    allowed = {"run", "out", "tokenizer", "drop_start_tokens"}
+    unknown = sorted(set(stage.config) - allowed)
+    missing = sorted({"run", "out"} - set(stage.config))
+    if unknown or missing:
+        raise ValueError(f"`export` takes {', '.join(sorted(allowed))}; unknown: {unknown}, missing: {missing}.")
+    return stage.config
+
+
+def export(command: str, arguments: list[str]) -> None:
+    """``longrope export RUN OUT``."""
+    parser = Parser(prog="longrope export", description="Writes a Hugging Face folder from a run or a checkpoint.")
+    parser.add_argument("run", help="output folder of a recipe or a stage, a .ckpt, or a model folder")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--tokenizer", help="name or folder of the tokenizer; the one of the run by default")
+    parser.add_argument("--drop-start-tokens", action="store_true", help="export although that changes the model")
+    sys.stdout.write(f"{export_checkpoint(**vars(parser.parse_args(arguments)))}\n")
+
+
+def export_checkpoint(run: str, out: str, tokenizer: str | None = None, drop_start_tokens: bool = False) -> Path:
+    """Writes a Hugging Face folder from a run, a stage, a checkpoint or a model folder.
+
+    Args:
+        run: Output folder of a recipe or of a stage (its last checkpoint is taken), a ``.ckpt``, or a model folder.
+        out: Folder to write.
+        tokenizer: Name or folder of the tokenizer; by default the one of the run.
+        drop_start_tokens: Export although Hugging Face cannot leave the start tokens as they were pretrained.
+
+    Returns:
+        The folder.
+    """
+    from lightning_longrope.export import export_model
+
+    checkpoint = find_checkpoint(Path(run))
+    found = tokenizer or find_tokenizer(checkpoint)
+    if found is None:
+        log.info("No tokenizer found near %s: exporting the model alone (--tokenizer adds one).", checkpoint)
+    model, tokens = load_model(str(checkpoint)), load_tokenizer(found) if found else None
+    return export_model(model, tokens, out, drop_start_tokens=drop_start_tokens, example=_example(model, tokens))
+
+
+def _example(model: Any, tokenizer: Any) -> torch.Tensor | None:
+    """Text to measure on what dropping start tokens would cost: at most 32k tokens; None where it is not needed."""
+    factors = installed_factors(model)
+    if tokenizer is None or factors is None or not factors.start_tokens:
+        return None
+    length, tokens = min(factors.target_length, 32_768), []
+    for text in library_sources():
+        tokens += tokenizer(text)["input_ids"]
+        if len(tokens) >= length:
+            break
+    return torch.tensor(tokens[:length])
+
+
+def find_tokenizer(checkpoint: Path) -> str | None:
+    """The tokenizer in a model folder, or the one that the run around a checkpoint has made."""
+    places = ("tokenizer_config.json", "data/tokenizer-*/tokenizer_config.json")
+    folders = (checkpoint, *checkpoint.absolute().parents[:3])
+    return next((str(path.parent) for folder in folders for place in places for path in folder.glob(place)), None)
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a recipe's or stage's folder; a checkpoint or model folder is returned as it is.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if run.suffix == ".ckpt" and run.exists() or (run / "config.json").exists():
+        return run
+    found = sorted(run.glob(f"*/{CHECKPOINT}"), key=lambda path: int(path.parts[-3].split("-")[0]))
+    candidates = [run / CHECKPOINT] if (run / CHECKPOINT).exists() else found
+    if not candidates:
+        raise ValueError(f"No checkpoint in {run}: expected a .ckpt, a model folder, or a run with {CHECKPOINT}.")
+    return candidates[-1]
