@@ -13,7 +13,19 @@ import lightning_longrope
 
 PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
-    {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"},
+    {
+        "files",
+        "geometry",
+        "rope",
+        "factors",
+        "mixing",
+        "packing",
+        "retrieval",
+        "losses",
+        "search",
+        "rotary",
+        "optimizers",
+    },
     {"metrics", "model", "scoring", "searching"},
     {"module", "datamodules", "callbacks"},
     {"export", "reporting", "recipes"},
@@ -22,7 +34,7 @@ FLOORS = [  # each may import from its own floor and those before it
     {"__main__"},
 ]
 LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "cli", "commands"}
-TRANSFORMERS_FREE = {"rope", "packing", "losses", "search", "files", "geometry", "rotary"}
+TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary"}
 
 
 def rooms():
