@@ -38,11 +38,13 @@ class Documents:
         tokens: All tokens, [N], an unsigned integer type.
         starts: First token of every document, [documents] int64.
         lengths: Number of tokens of every document, [documents] int64, each at least 1.
+        sources: Number of the source each document is from, [documents] uint16; None where nobody asks.
     """
 
     tokens: NDArray[Any]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    sources: NDArray[np.uint16] | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -54,7 +56,8 @@ class Documents:
 
     def select(self, numbers: NDArray[np.int64]) -> "Documents":
         """The documents with these numbers, in this order; shares the tokens."""
-        return Documents(self.tokens, self.starts[numbers], self.lengths[numbers])
+        sources = None if self.sources is None else self.sources[numbers]
+        return Documents(self.tokens, self.starts[numbers], self.lengths[numbers], sources)
 
     def at_least(self, length: int) -> "Documents":
         """The documents of at least ``length`` tokens."""
@@ -73,12 +76,12 @@ class Documents:
     def __reduce__(self) -> tuple[Any, ...]:
         """Sends a memory map to worker processes as its path; pickling it would send every token."""
         if isinstance(self.tokens, np.memmap) and self.tokens.filename is not None and not self.tokens.offset:
-            return _reopen, (self.tokens.filename, self.tokens.dtype, self.starts, self.lengths)
-        return Documents, (self.tokens, self.starts, self.lengths)
+            return _reopen, (self.tokens.filename, self.tokens.dtype, self.starts, self.lengths, self.sources)
+        return Documents, (self.tokens, self.starts, self.lengths, self.sources)
 
 
-def _reopen(path: Any, dtype: Any, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Documents:
-    return Documents(np.memmap(path, dtype=dtype, mode="r"), starts, lengths)
+def _reopen(path: Any, dtype: Any, *index: Any) -> Documents:
+    return Documents(np.memmap(path, dtype=dtype, mode="r"), *index)
 
 
 def epoch_permutation(size: int, *, seed: int, epoch: int, stream: int) -> NDArray[np.int64]:

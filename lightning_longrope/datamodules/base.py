@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_longrope.datamodules.loader import ExtraRows, ResumableLoader, RowDataset, RowSampler
+from lightning_longrope.datamodules.readers import Document
 from lightning_longrope.datamodules.token_store import TokenStore, tokenizer_fingerprint
 from lightning_longrope.packing import Documents, PackedRows, excerpts
 
@@ -30,12 +31,12 @@ class Corpus:
     Attributes:
         name: Opens the name of its folder.
         fingerprint: All that the text depends on, as a string.
-        texts: Reads the documents.
+        documents: Reads the documents; a plain text is one of no source.
     """
 
     name: str
     fingerprint: str
-    texts: Callable[[], Iterable[str]]
+    documents: Callable[[], Iterable[Document | str]]
 
 
 class TokenDataModule(LightningDataModule):
@@ -211,12 +212,12 @@ class TokenDataModule(LightningDataModule):
 
     def _store(self, corpus: Corpus) -> TokenStore:
         if self.cache_dir is None:
-            return TokenStore.in_memory(corpus.texts(), self.tokenizer)
+            return TokenStore.in_memory(corpus.documents(), self.tokenizer)
         folder = self.cache_dir / f"{corpus.name}-{digest(corpus.fingerprint, tokenizer_fingerprint(self.tokenizer))}"
         if folder.is_dir():
             return TokenStore.open(folder, self.tokenizer)
         log.info("Tokenising %s to %s", corpus.name, folder)
-        return TokenStore.write(folder, corpus.texts(), self.tokenizer)
+        return TokenStore.write(folder, corpus.documents(), self.tokenizer)
 
 
 def digest(*parts: Any) -> str:

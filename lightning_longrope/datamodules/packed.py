@@ -96,9 +96,7 @@ class PackedTextDataModule(TokenDataModule):
     def _corpus(self, name: str, files: list[Path]) -> Corpus:
         states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         fingerprint = digest(states, self.text_field, self.on_error)
-        return Corpus(
-            name, fingerprint, lambda: (d.text for d in read_documents(files, self.text_field, self.on_error))
-        )
+        return Corpus(name, fingerprint, lambda: read_documents(files, self.text_field, self.on_error))
 
     @staticmethod
     def _check_disjoint(files: dict[str, list[Path]]) -> None:

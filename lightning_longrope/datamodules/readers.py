@@ -21,10 +21,12 @@ class Document(NamedTuple):
     """One document and where it came from."""
 
     text: str
-    source: Path
+    source: Path = Path()
     """The file it was in."""
-    record: int
+    record: int = 0
     """Line (JSON lines) or row (Parquet) in that file, counted from 1; 1 in a text file."""
+    label: str = ""
+    """Name of the source it belongs to, such as a subset of the Pile; empty if none is known."""
 
 
 class _Bad(NamedTuple):
@@ -34,8 +36,52 @@ class _Bad(NamedTuple):
     record: int
 
 
-Reader = Callable[[Path, str], Iterator[Document | _Bad]]
-"""Reads a file, given the name of the field that holds the text."""
+SourceOf = Callable[[dict[str, Any], Path], str | None]
+"""Name of a record's source, from the record and its file; None where they do not tell it."""
+
+
+class _Fields(NamedTuple):
+    """Where in a record its text and the name of its source are."""
+
+    text: str
+    source: str | SourceOf | None
+
+    def of(self, record: dict[str, Any], file: Path, number: int) -> "Document | _Bad":
+        """The document of a record."""
+        if self.text not in record:
+            return _Bad(f"no field {self.text!r}, only {sorted(record)} (`text_field` names the text)", number)
+        label = self.label(record, file)
+        if label is None:
+            return _Bad(f"no source at {self.source!r} in {sorted(record)} (`source_field` names it)", number)
+        return _checked(record[self.text], file, self.text, number, label)
+
+    def label(self, record: dict[str, Any], file: Path) -> str | None:
+        """Name of the source, None where it should be told and is not."""
+        if self.source is None or callable(self.source):
+            return self.source(record, file) if self.source else ""
+        return field_text(record, self.source)
+
+
+Reader = Callable[[Path, _Fields], Iterator[Document | _Bad]]
+"""Reads a file, given which fields hold what."""
+
+
+def field_text(record: Any, path: str) -> str | None:
+    """The text or number at a dotted path such as ``meta.source``; a text on the way is read as JSON.
+
+    Returns:
+        None if there is no such place or it holds neither text nor a number.
+    """
+    for name in path.split("."):
+        if isinstance(record, str):
+            try:
+                record = json.loads(record)
+            except (ValueError, RecursionError):
+                return None
+        if not isinstance(record, dict):
+            return None
+        record = record.get(name)
+    return str(record) if isinstance(record, str | int | float) else None
 
 
 def expand(paths: Iterable[str | Path]) -> list[Path]:
@@ -66,7 +112,12 @@ def _expand_one(path: Path) -> list[Path]:
     return files
 
 
-def read_documents(files: Iterable[Path], text_field: str = "text", on_error: OnError = "raise") -> Iterator[Document]:
+def read_documents(
+    files: Iterable[Path],
+    text_field: str = "text",
+    on_error: OnError = "raise",
+    source_field: str | SourceOf | None = None,
+) -> Iterator[Document]:
     """The documents of some files in order; empty lines of JSON lines are passed over.
 
     Args:
@@ -74,17 +125,20 @@ def read_documents(files: Iterable[Path], text_field: str = "text", on_error: On
         text_field: Name of the field that holds the text; text files have none.
         on_error: ``"raise"`` stops at the first record that is malformed, lacks the field or is not UTF-8; ``"skip"``
             passes over such records and logs their number once, at the end.
+        source_field: Where a record names its source: a dotted path such as ``meta.pile_set_name``, or a function of
+            the record and its file. Text files have no record: a path finds nothing in them.
 
     Raises:
         ValueError: With the file and the record's number, unless ``on_error`` is ``"skip"``.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}.')
+    fields = _Fields(text_field, source_field)
     skipped, first = 0, ""
     for file in files:
         reader = _reader(file)
         assert reader is not None, f"{file} did not come from `expand`"
-        for item in reader(file, text_field):
+        for item in reader(file, fields):
             if isinstance(item, Document):
                 yield item
                 continue
@@ -99,19 +153,19 @@ def read_documents(files: Iterable[Path], text_field: str = "text", on_error: On
 def _read_lines(chunks: Callable[[Path], Iterator[bytes]]) -> Reader:
     """A reader of JSON lines from what opens and unpacks the file."""
 
-    def read(file: Path, text_field: str) -> Iterator[Document | _Bad]:
+    def read(file: Path, fields: _Fields) -> Iterator[Document | _Bad]:
         number = 0
         try:
             for number, line in enumerate(_lines(chunks(file)), start=1):
                 if line.strip():
-                    yield _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, file, text_field, number)
+                    yield _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, file, fields, number)
         except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
             yield _Bad(f"the file is cut off or damaged ({error})", number + 1)
 
     return read
 
 
-def _parse(line: bytes, file: Path, text_field: str, number: int) -> Document | _Bad:
+def _parse(line: bytes, file: Path, fields: _Fields, number: int) -> Document | _Bad:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -120,44 +174,46 @@ def _parse(line: bytes, file: Path, text_field: str, number: int) -> Document | 
         return _Bad(f"not JSON ({error})", number)
     if not isinstance(record, dict):
         return _Bad(f"expected a JSON object, got {type(record).__name__}", number)
-    if text_field not in record:
-        return _Bad(f"no field {text_field!r}, only {sorted(record)} (`text_field` names the text)", number)
-    return _checked(record[text_field], file, text_field, number)
+    return fields.of(record, file, number)
 
 
-def _checked(text: Any, file: Path, text_field: str, number: int) -> Document | _Bad:
+def _checked(text: Any, file: Path, text_field: str, number: int, label: str) -> Document | _Bad:
     if not isinstance(text, str):
         return _Bad(f"field {text_field!r} is no text but {type(text).__name__}", number)
     try:
         text.encode("utf-8")  # JSON can spell half of a surrogate pair, and no tokenizer can read that
     except UnicodeEncodeError as error:
         return _Bad(f"field {text_field!r} is not UTF-8 ({error.reason})", number)
-    return Document(text, file, number)
+    return Document(text, file, number, label)
 
 
-def _read_text(file: Path, text_field: str) -> Iterator[Document | _Bad]:
+def _read_text(file: Path, fields: _Fields) -> Iterator[Document | _Bad]:
     try:
-        yield Document(file.read_bytes().decode("utf-8-sig"), file, 1)
+        yield fields.of({fields.text: file.read_bytes().decode("utf-8-sig")}, file, 1)
     except UnicodeDecodeError as error:
         yield _Bad(f"not UTF-8 ({error.reason} at byte {error.start})", 1)
 
 
-def _read_parquet(file: Path, text_field: str) -> Iterator[Document | _Bad]:
+def _read_parquet(file: Path, fields: _Fields) -> Iterator[Document | _Bad]:
     from pyarrow import ArrowException, parquet
 
     number = 0
     try:
         table = parquet.ParquetFile(file)
         columns = table.schema_arrow.names
-        if text_field not in columns:
-            yield _Bad(f"no column {text_field!r}, only {columns} (`text_field` names the text)", 1)
+        if fields.text not in columns:
+            yield _Bad(f"no column {fields.text!r}, only {columns} (`text_field` names the text)", 1)
             return
-        batches = table.iter_batches(batch_size=256, columns=[text_field])
-        for number, value in enumerate((value for batch in batches for value in batch.column(0)), start=1):
-            try:
-                yield _checked(value.as_py(), file, text_field, number)
-            except UnicodeDecodeError as error:
-                yield _Bad(f"not UTF-8 ({error.reason})", number)
+        wanted = None if callable(fields.source) else [fields.text, *str(fields.source or "").split(".")[:1]]
+        names = [name for name in columns if wanted is None or name in wanted]
+        for batch in table.iter_batches(batch_size=256, columns=names):
+            for row in range(len(batch)):
+                number += 1
+                try:
+                    record = {name: column[row].as_py() for name, column in zip(names, batch.columns, strict=True)}
+                    yield fields.of(record, file, number)
+                except UnicodeDecodeError as error:
+                    yield _Bad(f"not UTF-8 ({error.reason})", number)
     except (ArrowException, OSError) as error:
         yield _Bad(f"the file is cut off or damaged ({error})", number + 1)
 

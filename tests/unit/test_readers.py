@@ -155,3 +155,40 @@ def test_broken_parquet_and_text_files_are_named(tmp_path):
 def test_on_error_is_checked():
     with pytest.raises(ValueError, match='"raise" or "skip", got \'ignore\''):
         read(on_error="ignore")
+
+
+def by_folder(record, file):
+    return record.get("source", file.parent.name)
+
+
+@pytest.mark.parametrize(
+    ("field", "records", "labels"),
+    [
+        (None, [{"meta": {"source": "c4"}}], [""]),
+        ("meta.pile_set_name", [{"meta": {"pile_set_name": name}} for name in ("Books3", "CC")], ["Books3", "CC"]),
+        ("meta.source", [{"meta": {"source": "c4"}}, {"meta": '{"source": "github"}'}], ["c4", "github"]),
+        ("year", [{"year": 1998}], ["1998"]),
+        (by_folder, [{"source": "cc"}, {}], ["cc", "sub"]),
+    ],
+)  # fmt: skip
+def test_every_document_carries_the_name_of_its_source(tmp_path, field, records, labels):
+    (tmp_path / "sub").mkdir()
+    records = [{"text": f"text {number}", **record} for number, record in enumerate(records)]
+    (tmp_path / "sub/a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    columns = {
+        name: [json.dumps(value) if isinstance(value := record.get(name), dict) else value for record in records]
+        for name in records[0]
+    }
+    pyarrow.parquet.write_table(pa.table({**columns, "other": [1] * len(records)}), tmp_path / "sub/b.parquet")
+    kinds = ["a.jsonl", "b.parquet"] if not callable(field) else ["a.jsonl"]
+    for name in kinds:
+        documents = read(tmp_path / "sub" / name, source_field=field)
+        assert [document.label for document in documents] == labels
+        assert [document.text for document in documents] == [record["text"] for record in records]
+
+
+@pytest.mark.parametrize("meta", [None, "no JSON", "[1]", {"source": None}, {"source": ["c4"]}, {"other": "c4"}, 3])
+def test_a_record_that_does_not_tell_its_source_is_a_bad_one(tmp_path, meta):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a", "meta": meta}))
+    with pytest.raises(ValueError, match=r"a\.jsonl, record 1: no source at 'meta\.source' in \['meta', 'text'\]"):
+        read(tmp_path / "a.jsonl", source_field="meta.source")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
 
 from lightning_longrope.datamodules import token_store
+from lightning_longrope.datamodules.readers import Document
 from lightning_longrope.datamodules.sample_text import train_tokenizer
 from lightning_longrope.datamodules.token_store import TokenStore, tokenizer_fingerprint
 
@@ -117,3 +119,31 @@ def test_the_store_of_a_faster_process_is_taken(tmp_path, tokenizer):
 def test_no_text_at_all_makes_an_empty_store(tmp_path, tokenizer):
     store = TokenStore.write(tmp_path / "store", [], tokenizer)
     assert len(store.tokens) == len(store.documents) == store.manifest["documents"] == 0
+
+
+def test_every_document_keeps_its_source_on_disk_and_in_selections(tmp_path, tokenizer):
+    labels = ["web", "books", "web", "", "code", "books"]
+    documents = [Document(f"document {number}" if number else "", label=name) for number, name in enumerate(labels)]
+    memory = TokenStore.in_memory(documents, tokenizer)
+    for store in (memory, TokenStore.write(tmp_path / "store", documents, tokenizer)):
+        assert store.source_names == ("web", "books", "", "code")
+        assert store.sources.dtype == np.uint16
+        assert [store.source_names[source] for source in store.sources] == labels
+        kept = store.documents  # without the empty first one
+        assert [store.source_names[source] for source in kept.sources] == labels[1:]
+        assert kept.select(np.array([4, 0])).sources.tolist() == [1, 1]
+        assert pickle.loads(pickle.dumps(kept)).sources.tolist() == kept.sources.tolist()
+
+
+def test_too_many_sources_are_a_wrong_field(tokenizer, monkeypatch):
+    monkeypatch.setattr(token_store, "MOST_SOURCES", 2)
+    with pytest.raises(ValueError, match=r"more than 2 sources, the last '3': `source_field` must name a field"):
+        TokenStore.in_memory([Document("text", label=name) for name in "123"], tokenizer)
+
+
+def test_a_store_of_another_version_is_refused(tmp_path, tokenizer):
+    TokenStore.write(tmp_path / "store", TEXTS, tokenizer)
+    path = tmp_path / "store/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(ValueError, match="store is of another version: delete it"):
+        TokenStore.open(tmp_path / "store", tokenizer)
