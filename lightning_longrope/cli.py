@@ -23,6 +23,8 @@ from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_text
 from lightning_longrope.model import rope_geometry
 from lightning_longrope.module import LongRoPEModule
+from lightning_longrope.reporting.results import Results, read_results
+from lightning_longrope.tracking import finish, keep_wandb_id, log_results
 
 log = logging.getLogger("lightning_longrope")
 
@@ -86,6 +88,7 @@ class LongRoPETrainer(Trainer):
         if self.is_global_zero:
             names = [*tables, *(tuned or {})]
             write_text(folder / "results.csv", read_rows([parts / f"{name}.csv" for name in names]))
+            log_results(self, "comparison", Results(read_results(folder / "results.csv")))
 
     @property
     def _callbacks(self) -> list[Callback]:
@@ -167,7 +170,9 @@ class LongRoPECLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.subcommand].trainer
+        config = self.config[self.subcommand]
+        trainer = config.trainer
+        keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
         if str(trainer.precision).startswith("bf16") and not bf16_runs():
             log.info("This processor has no bf16: going on in float32 (trainer.precision=32-true).")
             trainer.precision = "32-true"
@@ -186,6 +191,7 @@ class LongRoPECLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.check:
             super()._run_subcommand(subcommand)
+            finish(self.trainer)
 
 
 def bf16_runs() -> bool:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_longrope import tracking
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.model import install_factors, installed_factors
 from lightning_longrope.scoring import Objective
@@ -97,6 +98,12 @@ class FactorSearch(Callback):
         length = self.target_length or datamodule.seq_len
         texts = datamodule.excerpts("validation", self.documents, length, self.seed)
         with trainer.precision_plugin.val_step_context(), _Bar(trainer) as show:
+
+            def progress(run: SearchRun) -> None:
+                show(run)
+                values = {"best": run.best, "evaluations": run.evaluations, "forwards": run.forwards}
+                tracking.log_search(trainer, run.generation, values | run.baselines)
+
             result = search_factors(
                 module.model,
                 list(texts),
@@ -111,11 +118,10 @@ class FactorSearch(Callback):
                 folder=Path(trainer.default_root_dir) / "search",
                 batch_tokens=self.batch_tokens,
                 workers=TrainerWorkers(trainer),
-                progress=show,
+                progress=progress,
             )
         install_factors(module.model, result.factors)
-        if trainer.logger:
-            trainer.logger.log_metrics({"search/best": result.score}, step=trainer.global_step)
+        tracking.log_search_result(trainer, Path(trainer.default_root_dir) / "search")
         return result.factors
 
 

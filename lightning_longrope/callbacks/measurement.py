@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_longrope import tracking
 from lightning_longrope.metrics import Measurement
 
 __all__ = ["Measurement", "MeasuringCallback"]
@@ -109,6 +110,11 @@ class MeasuringCallback(Callback, ABC):
             if found.depth is None:
                 # Every rank has the same value; its mean is the value, and Lightning asks for the mean.
                 module.log(f"{found.metric}/{found.length}", found.value, sync_dist=True)
+        tracking.log_results(trainer, type(self).__name__, tracking.as_results(self.results))
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        tracking.log_final_results(trainer, type(self).__name__, tracking.as_results(self.results))
 
     def _connect(self, trainer: Trainer) -> None:
         datamodule: Any = getattr(trainer, "datamodule", None)

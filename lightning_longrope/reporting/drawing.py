@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_longrope.files import write_text
 from lightning_longrope.reporting.names import length_text, look, palette
-from lightning_longrope.reporting.results import write_table
+from lightning_longrope.reporting.results import table_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,11 +41,14 @@ class Plot:
 
     def save(self, folder: Path) -> None:
         """Writes ``<name>.png`` and ``<name>.csv``."""
-        write_table(folder / f"{self.name}.csv", self.columns, self.rows)
-        png = self._render(narrow=False, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+        write_text(folder / f"{self.name}.csv", table_text(self.columns, self.rows))
         partial = folder / f".{self.name}.{os.getpid()}.partial"
-        partial.write_bytes(png)
+        partial.write_bytes(self.png())
         partial.replace(folder / f"{self.name}.png")
+
+    def png(self) -> bytes:
+        """The figure as a PNG file, on white."""
+        return self._render(narrow=False, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
 
     def svg(self, *, narrow: bool) -> str:
         """The figure as an SVG element for a page; all text in it is escaped."""

@@ -23,7 +23,7 @@ from lightning_longrope.reporting.names import (
     seconds_text,
     value_text,
 )
-from lightning_longrope.reporting.results import Result, Results, write_results
+from lightning_longrope.reporting.results import Result, Results, results_text
 from lightning_longrope.reporting.run_folder import Run, Search, Stage, read_run
 from lightning_longrope.reporting.verdict import Extension, verdict
 
@@ -82,7 +82,7 @@ def write_report(run: str | Path) -> Path:
     for plot in plots.values():
         plot.save(data.folder / "figures")
     if len(data.results):
-        write_results(data.folder / "results.csv", data.results)
+        write_text(data.folder / "results.csv", results_text(data.results))
     path = data.folder / "report.html"
     write_text(path, render(data, plots))
     return path

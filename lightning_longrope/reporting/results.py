@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from lightning_longrope.files import write_text
 from lightning_longrope.reporting.names import ACCURACIES, method_order
 
 
@@ -145,15 +144,15 @@ def _pooled(rows: list[Result]) -> Result:
     return Result(first.method, first.metric, first.length, None, successes / trials, low, high, trials)
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Writes a CSV in full or not at all; None is an empty cell, floats keep all their digits."""
+def table_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A CSV; None is an empty cell, floats keep all their digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
-def write_results(path: Path, results: Results) -> None:
-    """Writes the joined table."""
-    write_table(path, COLUMNS, (astuple(row) for row in results.rows))
+def results_text(results: Results) -> str:
+    """Measurements as the text of a ``results.csv``."""
+    return table_text(COLUMNS, (astuple(row) for row in results.rows))

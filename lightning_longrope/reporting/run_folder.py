@@ -131,14 +131,19 @@ def _stage(name: str, folder: Path | None, entry: dict[str, Any], notes: list[st
         folder,
         config=_text(folder / "config.yaml"),
         results=tuple(read_results(results)) if results.is_file() else (),
-        search=_search(folder / "search", notes),
+        search=read_search(folder / "search", notes),
         losses=_losses(folder, notes),
         **done,
     )
 
 
-def _search(folder: Path, notes: list[str]) -> Search | None:
-    """A search folder, or None if there is nothing in it."""
+def read_search(folder: Path, notes: list[str]) -> Search | None:
+    """Reads a search folder, finished or not; None if there is nothing in it.
+
+    Args:
+        folder: Holds ``history.jsonl``, ``state.json`` and ``factors.json``, or some of them.
+        notes: Gets a sentence for each file that cannot be read.
+    """
     journal, state, factors = (folder / name for name in ("history.jsonl", "state.json", "factors.json"))
     search = Search(
         evaluations=tuple(_try(lambda: read_journal(journal)[1], journal, notes) or ()),

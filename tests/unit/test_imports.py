@@ -26,14 +26,14 @@ FLOORS = [  # each may import from its own floor and those before it
         "rotary",
         "optimizers",
     },
-    {"metrics", "model", "scoring", "searching"},
-    {"module", "datamodules", "callbacks"},
-    {"export", "reporting", "recipes"},
+    {"metrics", "model", "scoring", "searching", "reporting"},
+    {"module", "datamodules", "callbacks", "tracking"},
+    {"export", "recipes"},
     {"cli"},
     {"commands"},
     {"__main__"},
 ]
-LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "cli", "commands"}
+LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "tracking", "cli", "commands"}
 TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary"}
 
 
