@@ -23,8 +23,9 @@ from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_text
 from lightning_longrope.model import rope_geometry
 from lightning_longrope.module import LongRoPEModule
+from lightning_longrope.redaction import redact
 from lightning_longrope.reporting.results import Results, read_results
-from lightning_longrope.tracking import finish, keep_wandb_id, log_results
+from lightning_longrope.tracking import finish, keep_wandb_id, log_config, log_results
 
 log = logging.getLogger("lightning_longrope")
 
@@ -121,11 +122,13 @@ class LongRoPEParser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the whole configuration of a run in ``config.yaml`` of its root folder."""
+    """Keeps the configuration of a run, without credentials, in ``config.yaml`` of its root folder and in wandb."""
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        write_text(Path(trainer.default_root_dir) / "config.yaml", self.parser.dump(self.config, skip_none=False))
+        config = redact(self.parser.dump(self.config, skip_none=False))
+        write_text(Path(trainer.default_root_dir) / "config.yaml", config)
+        log_config(trainer, config)
 
 
 class LongRoPECLI(LightningCLI):

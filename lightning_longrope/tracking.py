@@ -15,6 +15,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -31,6 +32,17 @@ if TYPE_CHECKING:
     from lightning_longrope.reporting.drawing import Plot
 
 ID_FILE = "wandb-id"
+
+
+def log_config(trainer: Trainer, config: str) -> None:
+    """Gives wandb the configuration of the run.
+
+    Args:
+        trainer: Its loggers are told.
+        config: YAML, free of credentials.
+    """
+    for run in _wandb_runs(trainer):
+        run.config.update(yaml.safe_load(config), allow_val_change=True)
 
 
 def log_search(trainer: Trainer, generation: int, values: Mapping[str, float]) -> None:

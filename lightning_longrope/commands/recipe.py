@@ -20,6 +20,7 @@ from lightning_longrope.commands.export import CHECKPOINT, export_arguments, exp
 from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.files import write_json
 from lightning_longrope.recipes import Stage, from_model, read_recipe, with_seed
+from lightning_longrope.redaction import redact_all
 
 log = logging.getLogger("lightning_longrope")
 
@@ -117,7 +118,7 @@ def _write_record(out: Path, record: dict[str, Any], stages: list[Stage]) -> Non
         | ({"seconds": done["seconds"], "status": "finished"} if (done := stage.finished) else {"status": "waiting"})
         for stage in stages
     ]
-    write_json(out / "run.json", {**record, "stages": rows})
+    write_json(out / "run.json", redact_all({**record, "stages": rows}))
 
 
 def _is_main_process() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.redaction import redact, redact_all
 from lightning_longrope.reporting.results import Result, Results, join_results, read_results
 from lightning_longrope.search.journal import read_journal
 
@@ -129,7 +130,7 @@ def _stage(name: str, folder: Path | None, entry: dict[str, Any], notes: list[st
     return Stage(
         name,
         folder,
-        config=_text(folder / "config.yaml"),
+        config=_config(folder / "config.yaml"),
         results=tuple(read_results(results)) if results.is_file() else (),
         search=read_search(folder / "search", notes),
         losses=_losses(folder, notes),
@@ -195,15 +196,16 @@ def _try(read: Callable[[], Any], path: Path, notes: list[str]) -> Any:
 
 def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     value = _try(lambda: json.loads(path.read_text(encoding="utf-8")), path, notes)
-    return value if isinstance(value, dict) else {}
+    return redact_all(value) if isinstance(value, dict) else {}
 
 
 def _optional_text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+def _config(path: Path) -> str | None:
+    """The text of a configuration, without credentials."""
+    return redact(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
 
 
 def _number(path: Path) -> list[tuple[int, str]]:

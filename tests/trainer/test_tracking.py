@@ -18,6 +18,8 @@ from lightning_longrope.tracking import finish, keep_wandb_id, log_search, log_s
 
 wandb = pytest.importorskip("wandb")
 
+PLANTED = {"WANDB_API_KEY": "51ab" * 10, "HF_TOKEN": "not of the usual shape"}
+IN_CONFIG, IN_COMMAND = "a-password-of-the-hub", "another-password"
 MODEL = {**LLAMA, "vocab_size": 300, "hidden_size": 32, "max_position_embeddings": 64}
 MEASURING = [
     ("PerplexityByLength", {"lengths": [64, 128], "documents": 2}),
@@ -39,7 +41,7 @@ def stage(command, callbacks, **extra):
     trainer = {"accelerator": "cpu", "devices": 1, **quiet, "logger": loggers, "callbacks": callbacks}
     trainer |= extra.pop("trainer", {})
     data = part("lightning_longrope.datamodules.SampleTextDataModule",
-                seq_len=128, batch_size=2, vocab_size=300, cache_dir="{out}/data")  # fmt: skip
+                seq_len=128, batch_size=2, vocab_size=300, cache_dir=f"{{out}}/data?token={IN_CONFIG}")  # fmt: skip
     return {"command": command, "trainer": trainer, "data": data, **extra}
 
 
@@ -88,6 +90,8 @@ class Kept:
             for record in found
             if record.HasField("history")
         ]
+        updates = [item for r in found if r.HasField("config") for item in r.config.update]
+        self.config = {item.key: json.loads(item.value_json) for item in updates if item.key}
         self.artifacts = {r.artifact.name: r.artifact for r in found if r.HasField("artifact")}
         self.media = self.files[-1].parent / "files"
 
@@ -121,9 +125,10 @@ def out(tmp_path_factory):
     out = root / "out"
     with pytest.MonkeyPatch.context() as patch:
         environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DATA_DIR": str(root / "staging")}
-        for name, value in environment.items():
+        for name, value in {**environment, **PLANTED}.items():
             patch.setenv(name, value)
-        assert main(["run", str(root / "recipe"), "--out", str(out)]) == 0
+        secret = f"--trainer.default_root_dir=s3://me:{IN_COMMAND}@host/"
+        assert main(["run", str(root / "recipe"), "--out", str(out), secret]) == 0
         shutil.copytree(out, root / "first")
         words = ["--trainer.max_steps", "6", "--ckpt_path", str(out / "1-fit/checkpoints/last.ckpt")]
         assert main(["fit", "-c", str(root / "recipe/1-fit.yaml"), "--out", str(out), *words]) == 0
@@ -215,6 +220,20 @@ def test_other_loggers_get_the_numbers(out):
     best = [(int(row["step"]), float(row["search/best"])) for row in logged if row["search/best"]]
     assert best == Kept(out / "1-fit").curve("search/generation", "search/best")
     assert len([row for row in logged if row["perplexity/128"]]) == 2
+
+
+def test_credentials_stay_out_of_what_a_run_writes_about_itself(out):
+    said = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    said = {path: content for path, content in said.items() if path.suffix != ".ckpt"}
+    names = {path.name for path in said}
+    assert {"report.html", "run.json", "config.yaml", "results.csv", Kept(out / "1-fit").files[0].name} <= names
+    for secret in (*PLANTED.values(), IN_CONFIG, IN_COMMAND):
+        assert [path for path, content in said.items() if secret.encode() in content] == []
+    assert "default_root_dir=s3://REDACTED@host/" in json.loads((out / "run.json").read_text())["command"]
+    config = yaml.safe_load((out / "1-fit/config.yaml").read_text())
+    assert config["data"]["init_args"]["cache_dir"].endswith("/data?token=REDACTED")
+    assert config["data"]["init_args"]["vocab_size"] == 300
+    assert Kept(out / "1-fit").config["data"] == config["data"]
 
 
 def test_where_no_folder_is_named_only_resumed_training_takes_up_the_id(tmp_path, monkeypatch):

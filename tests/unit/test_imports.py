@@ -25,6 +25,7 @@ FLOORS = [  # each may import from its own floor and those before it
         "search",
         "rotary",
         "optimizers",
+        "redaction",
     },
     {"metrics", "model", "scoring", "searching", "reporting"},
     {"module", "datamodules", "callbacks", "tracking"},

@@ -1,0 +1,76 @@
+"""What is a credential, by name, by shape and by environment, and what only looks like one."""
+
+import pytest
+
+from lightning_longrope.redaction import MARK, redact, redact_all
+
+SECRET = "b7f1c0ffee" * 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token: {}",
+        "    hf_token: '{}'",
+        '{{"api_key": "{}", "x": 1}}',
+        "data.init_args.storage.secret_access_key: {}",
+        "API-KEY={}",
+        "longrope fit --data.init_args.token {} --seed 1",
+        "longrope fit --data.init_args.password={} --seed 1",
+        "longrope fit '--data.token={}'",
+        "path: s3://user:{}@bucket/books",
+        "file: https://host/x.zst?X-Amz-Signature={}&part=3",
+        "- password: {}",
+    ],
+)
+def test_what_stands_behind_a_telling_name(text):
+    found = redact(text.format(SECRET))
+    assert SECRET not in found
+    assert found.count(MARK) == 1
+    before, after = text.format("\0").split("\0")
+    assert found.startswith(before.rstrip("'\"").removesuffix("user:"))
+    assert found.endswith(after.lstrip("'\""))
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["hf_" + "aB3" * 11, "sk-proj-" + "x9" * 12, "ghp_" + "a" * 36, "AKIA" + "Q" * 16, "wandb_v1_" + "z" * 40],
+)
+def test_well_known_shapes_are_found_anywhere(secret):
+    assert redact(f"see <{secret}>, twice {secret}") == f"see <{MARK}>, twice {MARK}"
+
+
+def test_values_of_the_environment_are_found_anywhere(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "plain words 1")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("DB_PASSWORD", SECRET + "+more")
+    assert redact(f"a plain words 1 b {SECRET} c {SECRET}+more") == f"a {MARK} b {MARK} c {MARK}"
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "rather false")
+    assert redact("rather false") == "rather false"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token: null\nuse_auth_token: false\npassword: None",
+        "eos_token: </s>\nbos_token: <s>\npad_token: '[PAD]'",
+        "batch_tokens: 16384\nstart_tokens:\n- 0",
+        "tokenizer: meta-llama/Llama-2-7b-hf\npasskey_share: 0.35",
+        "--data.batch_tokens 4096 --trainer.callbacks+=callbacks/passkey.yaml",
+        "metric: passkey/1024",
+        "https://example.org/page?q=1#part",
+        "class_path: lightning_longrope.callbacks.PasskeyRetrieval",
+    ],
+)
+def test_what_only_looks_like_a_credential_stays(text):
+    assert redact(text) == text
+
+
+def test_nested_values():
+    value = {"command": f"x --token {SECRET}", "n": 3, "list": [{"hf_token": "short"}, ("a", None)], "token": ["b", ""]}
+    assert redact_all(value) == {
+        "command": f"x --token {MARK}",
+        "n": 3,
+        "list": [{"hf_token": MARK}, ["a", None]],
+        "token": [MARK, ""],
+    }
