@@ -6,17 +6,17 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_longrope.datamodules.loader import ExtraRows, ResumableLoader, RowDataset, RowSampler
+from lightning_longrope.datamodules.loader import ExtraRows, ResumableLoader, RowDataset, RowSampler, collate
 from lightning_longrope.datamodules.readers import Document
 from lightning_longrope.datamodules.token_store import TokenStore, tokenizer_fingerprint
-from lightning_longrope.packing import Documents, PackedRows, excerpts
+from lightning_longrope.packing import Documents, Order, Policy, Rows, excerpts, make_rows
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,15 @@ class TokenDataModule(LightningDataModule):
         seed: Of the split and of the order of documents and rows.
         num_workers: Processes that load rows.
         cache_dir: Folder for tokenised text; None keeps it in memory, tokenised anew by every process.
+        packing: How documents become rows. ``concat``: joined and cut; ``document``: one long document per row;
+            ``best_fit``: whole documents side by side, isolated; ``mixed``: short isolated documents for the model's
+            original window and RoPE, and long rows, in batches of their own.
+        isolate_documents: Whether the documents of a ``concat`` row do not see each other.
+        short_seq_len: Longest document, or piece, of a short row of ``mixed``; the model's original window if None.
+        short_share: Share of the text in short rows of ``mixed``.
 
     Raises:
-        ValueError: If a number is too small.
+        ValueError: If a number is too small or ``packing`` unknown.
     """
 
     def __init__(
@@ -64,8 +70,14 @@ class TokenDataModule(LightningDataModule):
         seed: int,
         num_workers: int,
         cache_dir: str | None,
+        packing: Policy = "concat",
+        isolate_documents: bool = False,
+        short_seq_len: int | None = None,
+        short_share: float = 0.5,
     ) -> None:
         super().__init__()
+        if packing not in get_args(Policy):
+            raise ValueError(f"`packing` must be one of {', '.join(get_args(Policy))}, got {packing!r}.")
         lowest = {"seq_len": (seq_len, 4), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0)}
         lowest |= {"min_document_length": (min_document_length, 1), "seed": (seed, 0)}
         for name, (value, least) in lowest.items():
@@ -77,6 +89,10 @@ class TokenDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.packing: Policy = packing
+        self.isolate_documents = isolate_documents
+        self.short_seq_len = short_seq_len
+        self.short_share = short_share
         self._tokenizer: Any = tokenizer
         self._splits: dict[str, Documents] | None = None
 
@@ -164,10 +180,16 @@ class TokenDataModule(LightningDataModule):
         """Makes training rows of another kind, and their share of all; none by default."""
         return None, 0.0
 
+    def document_order(self) -> tuple[Order, int] | None:
+        """Training documents of an epoch, if not all of them once, and the least number of tokens any epoch's hold."""
+        return None
+
     @override
     def train_dataloader(self) -> ResumableLoader:
         make, share = self.extra_rows()
-        return self._loader(RowDataset(self._rows("train", shuffle=True, extra_share=share), make), training=True)
+        order, tokens = self.document_order() or (None, None)
+        rows = self._rows("train", self.packing, extra_share=share, order=order, order_tokens=tokens)
+        return self._loader(RowDataset(rows, make), training=True)
 
     @override
     def val_dataloader(self) -> ResumableLoader | list[Any]:
@@ -178,32 +200,47 @@ class TokenDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> ResumableLoader | list[Any]:
+        """Rows in their order; of policy ``mixed`` the long ones alone, made of all documents."""
         self.setup()
         assert self._splits is not None
         if split not in self._splits:
             return []
-        return self._loader(RowDataset(self._rows(split, shuffle=False)), training=False)
+        policy: Policy = "concat" if self.packing == "mixed" else self.packing
+        return self._loader(RowDataset(self._rows(split, policy, shuffle=False)), training=False)
 
-    def _rows(self, split: str, shuffle: bool, extra_share: float = 0.0) -> PackedRows:
-        rows = PackedRows(
-            self.documents(split),
-            seq_len=self.seq_len,
-            bos=self.tokenizer.bos_token_id,
-            eos=self.tokenizer.eos_token_id,
-            seed=self.seed,
-            shuffle=shuffle,
-            extra_share=extra_share,
+    def _rows(self, split: str, policy: Policy, **options: Any) -> Rows[Any]:
+        if policy == "mixed":
+            options |= {"short_seq_len": self.short_seq_len or self._original_length()}
+            options |= {"short_share": self.short_share}
+        if policy == "concat" and self.packing == "concat":
+            options |= {"isolate": self.isolate_documents}
+        markers = {"bos": self.tokenizer.bos_token_id, "eos": self.tokenizer.eos_token_id}
+        rows = make_rows(policy, self.documents(split), seq_len=self.seq_len, seed=self.seed, **markers, **options)
+        log.info(
+            "%s: %s rows of %d tokens, %d tokens left out, %d of padding, %d cuts in documents",
+            *(split, ", ".join(f"{count} {kind}" for kind, count in rows.sections.items()), self.seq_len),
+            *(rows.tail, rows.padding, rows.cuts),
         )
-        log.info("%s: %d rows of %d tokens, %d tokens left out", split, rows.text_rows, self.seq_len, rows.tail)
         return rows
+
+    def _original_length(self) -> int:
+        """Window of the pretrained model being trained."""
+        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        if model is None:
+            raise ValueError("`packing: mixed` without a model being trained needs `short_seq_len`.")
+        from lightning_longrope.model import installed_factors, rope_geometry
+
+        factors = installed_factors(model)
+        return factors.original_length if factors else rope_geometry(model.config).original_length
 
     def _loader(self, dataset: RowDataset, training: bool) -> ResumableLoader:
         sharding = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         return ResumableLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=RowSampler(dataset, **sharding, drop_last=training),
+            sampler=RowSampler(dataset, **sharding, drop_last=training, batch_size=self.batch_size),
             num_workers=self.num_workers,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
 

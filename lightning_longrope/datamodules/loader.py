@@ -3,6 +3,8 @@
 Lightning saves ``state_dict()`` of a training loader in every checkpoint and calls ``load_state_dict()`` before the
 first batch of a resumed run; a plain ``DataLoader`` has neither and starts its epoch again. A ``DistributedSampler``
 (which ``RowSampler`` is) it leaves alone, apart from calling ``set_epoch`` before every epoch.
+
+Shapes: B rows of a batch, S tokens of a row, K stretches of tokens in a batch that must not see each other.
 """
 
 import random
@@ -13,13 +15,16 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_longrope.packing import IGNORED, PackedRows
+from lightning_longrope.packing import IGNORED, Row, Rows, bookended_labels
 
 FILLING = -1
-"""Index of a row that fills the last batch of a rank: no label, no weight."""
+"""Place of a row that fills the last batch of a rank: no label, no weight."""
+
+
+STACKED = ("input_ids", "labels", "weights")
 
 
 class ExtraRows(Protocol):
@@ -29,74 +34,132 @@ class ExtraRows(Protocol):
         """A row, [seq_len] int64, and the weight of predicting each of its tokens, [seq_len] float32."""
 
 
-class RowDataset(Dataset[dict[str, Tensor]]):
-    """Batches' rows by (epoch, index): a pure function, so workers, ranks and resumed runs agree.
+class RowDataset(Dataset[dict[str, Any]]):
+    """Batches' rows by (epoch, place): a pure function, so workers, ranks and resumed runs agree.
 
-    Gives ``input_ids`` [seq_len] int64, ``labels`` [seq_len] int64 (not shifted) and, if there are extra rows,
-    ``weights`` [seq_len] float32. A plain integer is an index of epoch 0.
+    Gives ``input_ids`` [S] int64 and ``labels`` [S] int64 (not shifted); if there are extra rows, ``weights`` [S]
+    float32; where documents are isolated, ``bounds`` of them (see ``Row``); under policy ``mixed``, ``original_rope``,
+    whether the row wants the model's original RoPE. A plain integer is a place of epoch 0.
     """
 
-    def __init__(self, rows: PackedRows, extra: ExtraRows | None = None) -> None:
+    def __init__(self, rows: Rows[Any], extra: ExtraRows | None = None) -> None:
         self.rows = rows
         self.extra = extra
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        number = self.rows.number(epoch, max(0, index))
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, place = key if isinstance(key, tuple) else (0, key)
+        number = self.rows.number(epoch, max(0, place))
         weights = torch.ones(self.rows.seq_len)
         if self.extra is not None and number >= self.rows.text_rows:
             tokens, weights = self.extra(random.Random(f"{self.rows.seed}/{epoch}/{number - self.rows.text_rows}"))
-            row = tokens.numpy()
+            row = self._extra_row(tokens.numpy())
         else:
             row = self.rows.row(epoch, number)
-        labels = self.rows.labels(row) if index != FILLING else np.full_like(row, IGNORED)
-        item = {"input_ids": torch.from_numpy(row), "labels": torch.from_numpy(labels)}
-        return item if self.extra is None else {**item, "weights": weights}
+        labels = row.labels if place != FILLING else np.full_like(row.labels, IGNORED)
+        item = {"input_ids": torch.from_numpy(row.tokens), "labels": torch.from_numpy(labels)}
+        if self.extra is not None:
+            item["weights"] = weights
+        if row.isolated:
+            item["bounds"] = torch.from_numpy(row.bounds)
+        return {**item, "original_rope": row.short} if self.rows.policy == "mixed" else item
+
+    def _extra_row(self, tokens: Any) -> Row:
+        labels = bookended_labels(tokens, self.rows.bos, self.rows.eos)
+        return Row(tokens, labels, np.zeros(1, np.int64), isolated=self.rows.isolated)
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of rows of one kind.
+
+    In the place of ``bounds`` it has what the attention of isolated documents needs: ``position_ids`` [B, S] int64 that
+    begin again with every document, ``cu_seq_lens`` [K + 1] int32, the bounds in the batch's rows laid end to end, and
+    ``max_length``, tokens of the longest stretch. ``original_rope`` is one bool.
+    """
+    batch = {name: default_collate([item[name] for item in items]) for name in STACKED if name in items[0]}
+    if "original_rope" in items[0]:
+        batch["original_rope"] = items[0]["original_rope"]
+    if "bounds" not in items[0]:
+        return batch
+    rows, length = batch["input_ids"].shape
+    begins = torch.cat([item["bounds"][:-1] + length * row for row, item in enumerate(items)])
+    sizes = torch.diff(begins, append=torch.tensor([rows * length]))
+    positions = torch.arange(rows * length) - begins.repeat_interleave(sizes)
+    bounds = torch.cat([begins, torch.tensor([rows * length])])
+    return {
+        **batch,
+        "position_ids": positions.view(rows, length),
+        "cu_seq_lens": bounds.int(),
+        "max_length": int(sizes.max()),
+    }
 
 
 class RowSampler(DistributedSampler[tuple[int, int]]):
-    """(epoch, index) of this rank's rows: every ``num_replicas``-th, from row ``start`` of the epoch on.
+    """(epoch, place) of this rank's rows: every ``num_replicas``-th, from the rows of the epoch that are done on.
 
     The ranks share out an epoch's rows without overlap and have equally many. Training leaves out the remainder that
     does not divide (fewer rows than ranks; another order every epoch); evaluation keeps every row and adds rows without
     labels.
+
+    Where there are rows of several kinds, all ranks read one kind at a time, a batch each, and the kind that is least
+    far gets the next turn. So a batch holds one kind, the kinds stay mixed over the epoch, and with any number of ranks
+    it depends only on how many of each are done which rows come next. What does not fill a batch of every rank is left
+    out.
 
     Args:
         dataset: The rows.
         num_replicas: Ranks that see different rows.
         rank: This one's number among them.
         drop_last: True in training.
+        batch_size: Rows of a batch on one rank.
     """
 
-    def __init__(self, dataset: RowDataset, num_replicas: int = 1, rank: int = 0, drop_last: bool = True) -> None:
+    def __init__(
+        self, dataset: RowDataset, num_replicas: int = 1, rank: int = 0, drop_last: bool = True, batch_size: int = 1
+    ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=False, drop_last=drop_last)
-        self.num_samples = (len(dataset) if drop_last else len(dataset) + num_replicas - 1) // num_replicas
-        self.total_size = self.num_samples * num_replicas
-        self.start = 0
+        self.sizes = list(dataset.rows.sections.values())
+        self.done = [0] * len(self.sizes)
+        self.turn = num_replicas * (batch_size if len(self.sizes) > 1 else 1)  # rows that all ranks read at a time
+        self.total_size = sum(self._ends())
+        self.num_samples = self.total_size // num_replicas
         if not self.num_samples:
-            raise ValueError(
-                f"{len(dataset)} rows cannot be shared by {num_replicas} ranks: give more text, or shorter rows."
-            )
+            counts = ", ".join(f"{size} {kind} rows" for kind, size in dataset.rows.sections.items())
+            raise ValueError(f"{counts} cannot be shared by {num_replicas} ranks: give more text, or shorter rows.")
 
     def __iter__(self) -> Iterator[Any]:
-        rows = len(cast("RowDataset", self.dataset))
-        # equally many for every rank, from wherever we start
-        end = rows - (rows - self.start) % self.num_replicas if self.drop_last else self.total_size
-        for index in range(self.start + self.rank, end, self.num_replicas):
-            yield self.epoch, index if index < rows else FILLING
+        done = list(self.done)
+        while (section := self.next_section(done)) is not None:
+            before, size = sum(self.sizes[:section]), self.sizes[section]
+            for index in range(done[section] + self.rank, done[section] + self.turn, self.num_replicas):
+                yield self.epoch, before + index if index < size else FILLING
+            done[section] += self.turn
+
+    def next_section(self, done: list[int]) -> int | None:
+        """Kind of the next rows where so many of each kind are done; None at the end of the epoch."""
+        ends = self._ends()
+        left = [section for section, end in enumerate(ends) if done[section] < end]
+        return min(left, key=lambda section: done[section] / self.sizes[section], default=None)
+
+    def _ends(self) -> list[int]:
+        """Rows of each kind that are read, equally many for every rank from wherever we start."""
+        excess = [(size - done) % self.turn for size, done in zip(self.sizes, self.done, strict=True)]
+        if self.drop_last:
+            return [size - over for size, over in zip(self.sizes, excess, strict=True)]
+        return [size + -over % self.turn for size, over in zip(self.sizes, excess, strict=True)]
 
 
-class ResumableLoader(DataLoader[dict[str, Tensor]]):
+class ResumableLoader(DataLoader[dict[str, Any]]):
     """A ``DataLoader`` over a ``RowSampler`` that knows how many rows of its epoch are done, and can go on from there.
 
-    The count is of rows over all ranks, so a run may go on with another batch size or number of ranks.
-    ``len`` stays that of the whole epoch, as Lightning's progress expects.
+    The counts are of rows over all ranks, one for each kind of row, so a run may go on with another batch size or
+    number of ranks. ``len`` stays that of the whole epoch, as Lightning's progress expects.
     """
 
-    _epoch, _rows = 0, 0  # the epoch begun last and its rows handed out
+    _epoch = 0  # the epoch begun last, and its rows handed out
+    _rows: list[int] | None = None
     _resume: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -106,19 +169,23 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
             yield from super().__iter__()
             return
         resume, self._resume = self._resume, None
-        self._epoch, self._rows = sampler.epoch, 0
+        done = [0] * len(sampler.sizes)
         if resume is not None and resume["epoch"] == sampler.epoch:
-            self._rows = resume["rows"]
-        sampler.start = self._rows
+            done = list(resume["rows"])
+        self._epoch, self._rows, sampler.done = sampler.epoch, list(done), list(done)
+        cast("RowDataset", self.dataset).rows.enter(sampler.epoch)
         for batch in super().__iter__():
-            self._rows += len(batch["input_ids"]) * sampler.num_replicas
+            section = sampler.next_section(done)
+            assert section is not None, "more batches than rows"
+            done[section] += len(batch["input_ids"]) * sampler.num_replicas
+            self._rows = list(done)
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, rows done and what the order of the rows depends on."""
         if self._resume is not None:
             return dict(self._resume)
-        return {"epoch": self._epoch, "rows": self._rows, "order": self._order()}
+        return {"epoch": self._epoch, "rows": self._rows or [0] * len(self._sections), "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on after the rows of ``state_dict``; with other data the epoch begins anew, and a warning says so."""
@@ -130,6 +197,9 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
             return
         self._resume = dict(state_dict)
 
-    def _order(self) -> dict[str, int]:
-        rows = cast("RowDataset", self.dataset).rows
-        return {"seed": rows.seed, "seq_len": rows.seq_len, "rows": len(rows), "tokens": rows.documents.total}
+    @property
+    def _sections(self) -> dict[str, int]:
+        return cast("RowDataset", self.dataset).rows.sections
+
+    def _order(self) -> dict[str, Any]:
+        return cast("RowDataset", self.dataset).rows.identity

@@ -8,7 +8,7 @@ from typing_extensions import override
 from lightning_longrope.datamodules.base import SPLITS, Corpus, TokenDataModule, digest
 from lightning_longrope.datamodules.readers import OnError, expand, read_documents
 from lightning_longrope.datamodules.token_store import TokenStore
-from lightning_longrope.packing import Documents, epoch_permutation
+from lightning_longrope.packing import Documents, Policy, epoch_permutation
 
 
 class PackedTextDataModule(TokenDataModule):
@@ -32,6 +32,10 @@ class PackedTextDataModule(TokenDataModule):
         num_workers: Processes that load rows.
         cache_dir: Folder for tokenised text; None keeps it in memory, tokenised anew by every process.
         on_error: ``raise`` stops at a record that cannot be read, ``skip`` passes over it and counts.
+        packing: How documents become rows: ``concat``, ``document``, ``best_fit``, ``mixed``; see ``TokenDataModule``.
+        isolate_documents: Whether the documents of a ``concat`` row do not see each other.
+        short_seq_len: Longest document, or piece, of a short row of ``mixed``; the model's original window if None.
+        short_share: Share of the text in short rows of ``mixed``.
 
     Raises:
         ValueError: If the files or shares do not say what each split is, or a number is too small.
@@ -54,8 +58,13 @@ class PackedTextDataModule(TokenDataModule):
         num_workers: int = 0,
         cache_dir: str | None = "~/.cache/lightning_longrope",
         on_error: OnError = "raise",
+        packing: Policy = "concat",
+        isolate_documents: bool = False,
+        short_seq_len: int | None = None,
+        short_share: float = 0.5,
     ) -> None:
-        super().__init__(seq_len, batch_size, tokenizer, min_document_length, seed, num_workers, cache_dir)
+        base = (seq_len, batch_size, tokenizer, min_document_length, seed, num_workers, cache_dir)
+        super().__init__(*base, packing, isolate_documents, short_seq_len, short_share)
         own = dict(zip(SPLITS, (train_files, val_files, test_files), strict=True))
         if bool(files) == any(own.values()):
             raise ValueError(

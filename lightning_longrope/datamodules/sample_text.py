@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_longrope.datamodules.base import Corpus, TokenDataModule, digest
 from lightning_longrope.datamodules.loader import ExtraRows
 from lightning_longrope.datamodules.token_store import publish
+from lightning_longrope.packing import Policy
 from lightning_longrope.retrieval import PasskeyPrompts
 
 SHORTEST, LONGEST, PART = 9_000, 60_000, 24_000  # bytes of a file, bytes of a file, characters of a part
@@ -46,6 +47,10 @@ class SampleTextDataModule(TokenDataModule):
         seed: Of the split, of the order of documents and rows, and of the passkey rows.
         num_workers: Processes that load rows.
         cache_dir: Folder for the tokenizer and the tokens; None makes them anew in every process, in seconds.
+        packing: How documents become rows: ``concat``, ``document``, ``best_fit``, ``mixed``; see ``TokenDataModule``.
+        isolate_documents: Whether the documents of a ``concat`` row do not see each other.
+        short_seq_len: Longest document, or piece, of a short row of ``mixed``; the model's original window if None.
+        short_share: Share of the text in short rows of ``mixed``.
 
     Raises:
         ValueError: If a number is out of range; on first use, if this Python has under 5 MB of such text.
@@ -63,8 +68,13 @@ class SampleTextDataModule(TokenDataModule):
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        packing: Policy = "concat",
+        isolate_documents: bool = False,
+        short_seq_len: int | None = None,
+        short_share: float = 0.5,
     ) -> None:
-        super().__init__(seq_len, batch_size, tokenizer, 1, seed, num_workers, cache_dir)
+        base = (seq_len, batch_size, tokenizer, 1, seed, num_workers, cache_dir)
+        super().__init__(*base, packing, isolate_documents, short_seq_len, short_share)
         if not 0 <= passkey_share < 1:
             raise ValueError(f"`passkey_share` must be at least 0 and below 1, got {passkey_share}.")
         if vocab_size < 258:

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_longrope.datamodules.loader import FILLING, ResumableLoader, RowDataset, RowSampler
-from lightning_longrope.packing import IGNORED, Documents, PackedRows
+from lightning_longrope.packing import IGNORED, ConcatRows, Documents
 
 
 def dataset(rows: int, extra_share: float = 0.0, extra=None) -> RowDataset:
     """Rows of 6 tokens with 4 unique ones in the middle."""
     tokens = np.arange(10, 10 + rows * 4).astype(np.uint16)
     documents = Documents(tokens, np.array([0]), np.array([len(tokens)]))
-    packed = PackedRows(documents, seq_len=6, bos=0, eos=1, seed=7, extra_share=extra_share)
+    packed = ConcatRows(documents, seq_len=6, bos=0, eos=1, seed=7, extra_share=extra_share)
     assert packed.text_rows == rows
     return RowDataset(packed, extra)
 
@@ -26,17 +26,17 @@ def dataset(rows: int, extra_share: float = 0.0, extra=None) -> RowDataset:
 def test_ranks_share_out_the_rows_without_overlap_and_equally_many(rows, world, training, start):
     data = dataset(rows)
     if training and rows < world:
-        with pytest.raises(ValueError, match=f"{rows} rows cannot be shared by {world} ranks"):
+        with pytest.raises(ValueError, match=f"{rows} concat rows cannot be shared by {world} ranks"):
             RowSampler(data, world, 0, drop_last=True)
         return
     shares = []
     for rank in range(world):
         sampler = RowSampler(data, world, rank, drop_last=training)
         sampler.set_epoch(5)
-        sampler.start = start if training and start <= rows - world else 0
+        sampler.done = [start if training and start <= rows - world else 0]
         shares.append(list(sampler))
-        assert sampler.start or len(shares[-1]) == len(sampler)
-    first = sampler.start
+        assert sampler.done[0] or len(shares[-1]) == len(sampler)
+    first = sampler.done[0]
     assert len({len(share) for share in shares}) == 1
     assert {epoch for share in shares for epoch, _ in share} <= {5}
     indices = [index for step in zip(*shares, strict=True) for _, index in step]  # in the order of the steps
@@ -138,7 +138,7 @@ def test_workers_give_the_same_batches_and_count_what_was_handed_out():
     made = ResumableLoader(dataset(20), batch_size=3, sampler=RowSampler(dataset(20)), num_workers=2)
     taken = iter(made)
     assert [next(taken)["input_ids"].tolist() for _ in range(2)] == plain[:2]
-    assert made.state_dict()["rows"] == 6  # the workers are ahead of that
+    assert made.state_dict()["rows"] == [6]  # the workers are ahead of that
     taken.close()
     sent = pickle.loads(pickle.dumps(made.dataset))  # what a spawned worker gets, after the rows were used
     assert sent[0, 3]["input_ids"].tolist() == made.dataset[0, 3]["input_ids"].tolist() == plain[1][0]

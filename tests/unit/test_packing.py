@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_longrope.packing import IGNORED, Documents, PackedRows, excerpts
+from lightning_longrope.packing import IGNORED, ConcatRows, Documents, excerpts
 
 BOS, EOS, FIRST = 0, 1, 10  # text tokens count up from FIRST: each is unique, so a lost or doubled one shows
 
@@ -28,15 +28,15 @@ def texts(packed: Documents) -> list[list[int]]:
 
 
 def test_rows_are_those_of_the_drawing():
-    rows = PackedRows(documents(8, 3, 5), seq_len=8, bos=BOS, eos=EOS, shuffle=False)
+    rows = ConcatRows(documents(8, 3, 5), seq_len=8, bos=BOS, eos=EOS, shuffle=False)
     a, i, last = FIRST, FIRST + 8, FIRST + 11
-    assert [rows.row(0, number).tolist() for number in range(len(rows))] == [
+    assert [rows.row(0, number).tokens.tolist() for number in range(len(rows))] == [
         [BOS, a, a + 1, a + 2, a + 3, a + 4, a + 5, EOS],
         [BOS, a + 6, a + 7, EOS, BOS, i, i + 1, EOS],
         [BOS, i + 2, EOS, BOS, last, last + 1, last + 2, EOS],
     ]
     assert rows.tail == 2
-    assert rows.row(0, 0).dtype == np.int64
+    assert rows.row(0, 0).tokens.dtype == np.int64
 
 
 MARKERS = {  # bos, eos -> head, foot, separator
@@ -62,10 +62,10 @@ def test_every_text_token_is_in_one_row_or_in_the_counted_tail(lengths, seq_len,
     whole = sum(lengths) + len(separator) * (len(lengths) - 1)
     if whole < room:
         with pytest.raises(ValueError, match="do not fill one row"):
-            PackedRows(packed, seq_len=seq_len, bos=markers[0], eos=markers[1])
+            ConcatRows(packed, seq_len=seq_len, bos=markers[0], eos=markers[1])
         return
-    rows = PackedRows(packed, seq_len=seq_len, bos=markers[0], eos=markers[1], seed=seed)
-    table = [rows.row(epoch, number).tolist() for number in range(rows.text_rows)]
+    rows = ConcatRows(packed, seq_len=seq_len, bos=markers[0], eos=markers[1], seed=seed)
+    table = [rows.row(epoch, number).tokens.tolist() for number in range(rows.text_rows)]
     stream = []
     for row in table:
         assert len(row) == seq_len
@@ -85,11 +85,11 @@ def test_every_text_token_is_in_one_row_or_in_the_counted_tail(lengths, seq_len,
 
 def test_the_order_of_documents_and_rows_is_new_every_epoch_and_the_same_every_time():
     packed = documents(*range(20, 60))
-    rows, again = (PackedRows(packed, seq_len=16, bos=BOS, eos=EOS, seed=3) for _ in range(2))
-    other = PackedRows(packed, seq_len=16, bos=BOS, eos=EOS, seed=4)
+    rows, again = (ConcatRows(packed, seq_len=16, bos=BOS, eos=EOS, seed=3) for _ in range(2))
+    other = ConcatRows(packed, seq_len=16, bos=BOS, eos=EOS, seed=4)
 
     def first_tokens(rows, epoch):
-        return tuple(int(rows.row(epoch, rows.number(epoch, index))[1]) for index in range(len(rows)))
+        return tuple(int(rows.row(epoch, rows.number(epoch, index)).tokens[1]) for index in range(len(rows)))
 
     epochs = [first_tokens(rows, epoch) for epoch in range(4)]
     assert len({*epochs, first_tokens(other, 0)}) == 5
@@ -98,19 +98,21 @@ def test_the_order_of_documents_and_rows_is_new_every_epoch_and_the_same_every_t
     numbers = [[rows.number(epoch, index) for index in range(len(rows))] for epoch in range(2)]
     assert numbers[0] != numbers[1]
     assert [sorted(order) for order in numbers] == [list(range(len(rows)))] * 2
-    stream = [int(rows.row(0, number)[1]) for number in range(len(rows))]
-    assert stream != [int(rows.row(1, number)[1]) for number in range(len(rows))]  # the documents moved, not rows alone
+    stream = [int(rows.row(0, number).tokens[1]) for number in range(len(rows))]
+    assert stream != [
+        int(rows.row(1, number).tokens[1]) for number in range(len(rows))
+    ]  # the documents moved, not rows alone
 
 
 def test_documents_and_rows_are_not_shuffled_alike():
-    rows = PackedRows(documents(*[16] * 30), seq_len=16, bos=None, eos=None)  # a row is a document
-    shuffled = [(int(rows.row(0, number)[0]) - FIRST) // 16 for number in range(30)]
+    rows = ConcatRows(documents(*[16] * 30), seq_len=16, bos=None, eos=None)  # a row is a document
+    shuffled = [(int(rows.row(0, number).tokens[0]) - FIRST) // 16 for number in range(30)]
     assert sorted(shuffled) == list(range(30))
     assert shuffled != [rows.number(0, index) for index in range(30)]
 
 
 def test_extra_rows_come_on_top_of_the_text_at_places_drawn_anew():
-    rows = PackedRows(documents(*[50] * 20), seq_len=12, bos=BOS, eos=EOS, extra_share=0.3)
+    rows = ConcatRows(documents(*[50] * 20), seq_len=12, bos=BOS, eos=EOS, extra_share=0.3)
     assert rows.text_rows == (20 * 50 + 2 * 19) // 10
     assert rows.extra_rows / len(rows) == pytest.approx(0.3, abs=0.005)
     orders = [[rows.number(epoch, index) for index in range(len(rows))] for epoch in range(2)]
@@ -121,20 +123,26 @@ def test_extra_rows_come_on_top_of_the_text_at_places_drawn_anew():
 
 
 @pytest.mark.parametrize(
-    ("bos", "eos", "expected"),
-    [
-        (BOS, EOS, [IGNORED, 12, EOS, IGNORED, 13, IGNORED]),
-        (None, EOS, [BOS, 12, EOS, BOS, 13, IGNORED]),
-        (EOS, EOS, [IGNORED, 12, EOS, BOS, 13, IGNORED]),
-        (BOS, None, [IGNORED, 12, EOS, IGNORED, 13, EOS]),
+    ("bos", "eos", "isolate", "tokens", "labels", "starts"),
+    [  # a document of one token, then one of four
+        (BOS, EOS, False, [BOS, 10, EOS, BOS, 11, EOS], [IGNORED, 10, EOS, IGNORED, 11, IGNORED], [0, 3]),
+        (None, EOS, False, [10, EOS, 11, 12, 13, EOS], [IGNORED, EOS, IGNORED, 12, 13, IGNORED], [0, 2]),
+        (BOS, None, False, [BOS, 10, BOS, 11, 12, 13], [IGNORED, 10, IGNORED, 11, 12, 13], [0, 2]),
+        (None, None, False, [10, 11, 12, 13, 14], [IGNORED, IGNORED, 12, 13, 14], [0, 1]),
+        # one token for both closes one document and opens the next: that the first one ends is learnt
+        (EOS, EOS, False, [EOS, 10, EOS, 11, 12, EOS], [IGNORED, 10, EOS, 11, 12, IGNORED], [0, 2]),
+        (EOS, EOS, True, [EOS, 10, EOS, EOS, 11, EOS], [IGNORED, 10, EOS, IGNORED, 11, IGNORED], [0, 3]),
     ],
 )
-def test_labels_are_the_row_but_for_bos_and_the_eos_that_closes_it(bos, eos, expected):
-    row = np.array([EOS if bos == EOS else BOS, 12, EOS, BOS, 13, EOS])
-    rows = PackedRows(documents(20), seq_len=6, bos=bos, eos=eos)
-    before = row.copy()
-    assert rows.labels(row).tolist() == expected
-    assert row.tolist() == before.tolist()
+def test_labels_are_the_row_but_for_where_a_document_begins_and_the_eos_that_closes_it(
+    bos, eos, isolate, tokens, labels, starts
+):
+    rows = ConcatRows(documents(1, 4), seq_len=len(tokens), bos=bos, eos=eos, shuffle=False, isolate=isolate)
+    row = rows.row(0, 0)
+    assert row.tokens.tolist() == tokens
+    assert row.labels.tolist() == labels
+    assert row.starts.tolist() == starts
+    assert row.isolated == isolate
 
 
 @pytest.mark.parametrize(
@@ -142,7 +150,7 @@ def test_labels_are_the_row_but_for_bos_and_the_eos_that_closes_it(bos, eos, exp
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        PackedRows(documents(20), bos=BOS, eos=EOS, **arguments)
+        ConcatRows(documents(20), bos=BOS, eos=EOS, **arguments)
 
 
 @given(
