@@ -15,8 +15,10 @@ from typing_extensions import override
 
 from lightning_longrope.datamodules.loader import ExtraRows, ResumableLoader, RowDataset, RowSampler, collate
 from lightning_longrope.datamodules.readers import Document
-from lightning_longrope.datamodules.token_store import TokenStore, tokenizer_fingerprint
+from lightning_longrope.datamodules.store_writing import FORMAT, write_store
+from lightning_longrope.datamodules.token_store import TokenStore
 from lightning_longrope.packing import Documents, Order, Policy, Rows, excerpts, make_rows
+from lightning_longrope.tokenizing import tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +129,29 @@ class TokenDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         if self.cache_dir is not None:
-            self._stores()
+            self.tokenise()
+
+    def tokenise(self, workers: int = 0) -> dict[str, Path]:
+        """Makes the token stores that are not in ``cache_dir`` yet, and finishes one that was cut.
+
+        Args:
+            workers: Processes that tokenise; 0 does it in this one, with the tokenizer's threads.
+
+        Returns:
+            The folder of each corpus.
+
+        Raises:
+            ValueError: If there is no ``cache_dir``.
+        """
+        if self.cache_dir is None:
+            raise ValueError(f"{type(self).__name__} keeps its tokens in memory: name a `cache_dir` to write them to.")
+        folders = {}
+        for corpus in self.corpora():
+            folders[corpus.name] = folder = self._folder(corpus, self.cache_dir)
+            if not folder.is_dir():
+                log.info("Tokenising %s to %s", corpus.name, folder)
+                write_store(folder, corpus.documents(), self.tokenizer, workers, corpus.fingerprint)
+        return folders
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -250,11 +274,12 @@ class TokenDataModule(LightningDataModule):
     def _store(self, corpus: Corpus) -> TokenStore:
         if self.cache_dir is None:
             return TokenStore.in_memory(corpus.documents(), self.tokenizer)
-        folder = self.cache_dir / f"{corpus.name}-{digest(corpus.fingerprint, tokenizer_fingerprint(self.tokenizer))}"
-        if folder.is_dir():
+        if (folder := self._folder(corpus, self.cache_dir)).is_dir():
             return TokenStore.open(folder, self.tokenizer)
-        log.info("Tokenising %s to %s", corpus.name, folder)
-        return TokenStore.write(folder, corpus.documents(), self.tokenizer)
+        return TokenStore.write(folder, corpus.documents(), self.tokenizer, fingerprint=corpus.fingerprint)
+
+    def _folder(self, corpus: Corpus, cache_dir: Path) -> Path:
+        return cache_dir / f"{corpus.name}-{digest(FORMAT, corpus.fingerprint, tokenizer_fingerprint(self.tokenizer))}"
 
 
 def digest(*parts: Any) -> str:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_longrope.datamodules.base import Corpus, TokenDataModule, digest
 from lightning_longrope.datamodules.loader import ExtraRows
-from lightning_longrope.datamodules.token_store import publish
+from lightning_longrope.datamodules.store_writing import publish
 from lightning_longrope.packing import Policy
 from lightning_longrope.retrieval import PasskeyPrompts
 

@@ -133,7 +133,7 @@ def test_the_sample_tokenizer_is_made_once_per_text_and_vocabulary(sample, cache
         raise AssertionError("trained again")
 
     monkeypatch.setattr(sample_text, "train_tokenizer", untouched)
-    monkeypatch.setattr("lightning_longrope.datamodules.base.TokenStore.write", untouched)
+    monkeypatch.setattr("lightning_longrope.datamodules.store_writing.parts", untouched)
     again = SampleTextDataModule(cache_dir=str(cache), seq_len=1024)
     assert again.tokenizer.get_vocab() == sample.tokenizer.get_vocab()
     assert texts(again, "test") == texts(sample, "test")

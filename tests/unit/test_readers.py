@@ -14,7 +14,7 @@ import zstandard
 
 from lightning_longrope.datamodules.readers import expand, read_documents
 
-TEXTS = ["first\nline", "zweiter Text: äöü 漢字", "", "line\u2028separator stays", "x" * 3_000_000]
+TEXTS = ["first\nline", "zweiter Text: äöü 漢字", " ", "line\u2028separator stays", "x" * 3_000_000]
 
 
 def jsonl(records, field="text"):
@@ -90,6 +90,7 @@ BAD_LINES = {
     b'{"text": "\xff\xfe"}': "not UTF-8",
     b'{"text": "\\ud800"}': "not UTF-8",
     b'{"text": null}': "no text but NoneType",
+    b'{"text": ""}': "'text' is empty",
     b'["text"]': "expected a JSON object, got list",
     b"[" * 100_000: "not JSON",
 }
