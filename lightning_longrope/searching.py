@@ -1,37 +1,43 @@
-"""A factor search on a model: an algorithm proposes, ``scoring`` scores, the journal remembers.
+"""A factor search on a model: an algorithm proposes, ``evaluating`` scores, the journal remembers.
 
 Works without a trainer (``search_factors``); ``callbacks.FactorSearch`` runs the same loop on the trainer's ranks.
 """
 
-import hashlib
-import json
+import logging
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_longrope.evaluating import Evaluator, Race, SingleWorker, Workers
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_json
-from lightning_longrope.model import rope_geometry
-from lightning_longrope.scoring import (
+from lightning_longrope.fingerprints import document_digests, joint_digest, model_digest, tokenizer_digest
+from lightning_longrope.objectives import (
     Objective,
-    Score,
+    ObjectiveName,
     SearchDocument,
-    SingleWorker,
-    Workers,
-    score_candidates,
+    named_objective,
+    objective_name,
     search_documents,
 )
-from lightning_longrope.search import Candidate, Journal, RampSearch, SearchAlgorithm, SearchResult, SearchSpace
+from lightning_longrope.score_book import ScoreBook
+from lightning_longrope.scoring import Score, document_values, means
+from lightning_longrope.search import RampSearch, SearchAlgorithm, SearchResult, SearchSpace
 from lightning_longrope.search.journal import strict_json
+from lightning_longrope.search.judgement import HeldOut, judge
+from lightning_longrope.search_task import SearchTask, search_task
 
-BASELINES = ("linear", "ntk", "yarn")
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,21 +46,41 @@ class SearchRun:
 
     Attributes:
         generation: Generations finished.
-        evaluations: Candidates scored, those found in the journal included.
+        evaluations: Candidates scored, those found in journals included.
         limit: Most evaluations, None if the algorithm ends by itself.
-        cached: How many of them came from the journal.
-        forwards: Document-forwards of all evaluations and baselines.
+        cached: How many of them came from journals.
+        dropped: How many of them a race dropped.
+        failed: How many of them overflowed or did not fit in memory.
+        forwards: (candidate, document) pairs scored, baselines included.
         best: Lowest score so far in nats.
-        baselines: Scores of PI ("linear"), NTK and YaRN on the same documents.
+        median: Median score of the last generation in nats.
+        seconds: Time of a fresh evaluation, mean so far; 0 before the first.
+        baselines: Scores of the published tables on the same documents.
     """
 
     generation: int = 0
     evaluations: int = 0
     limit: int | None = None
     cached: int = 0
+    dropped: int = 0
+    failed: int = 0
     forwards: int = 0
     best: float = math.inf
+    median: float = math.nan
+    seconds: float = 0.0
     baselines: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the budget is spent, if it is known and something was timed."""
+        if self.limit is None or not self.seconds:
+            return None
+        return (self.limit - self.evaluations) * self.seconds
+
+    def metrics(self) -> dict[str, float]:
+        """What loggers get after each generation."""
+        names = ("evaluations", "cached", "dropped", "failed", "forwards", "best", "median", "seconds")
+        return {**{name: float(getattr(self, name)) for name in names}, **self.baselines}
 
 
 def search_factors(
@@ -64,13 +90,18 @@ def search_factors(
     *,
     tokenizer: Any = None,
     algorithm: SearchAlgorithm | None = None,
-    objective: Objective | None = None,
+    objective: Objective | ObjectiveName | None = None,
     max_evaluations: int | None = None,
     seed: int = 0,
     pinned: int | None = None,
-    start_tokens: tuple[int, ...] = (0,),
-    space: SearchSpace | None = None,
+    start_tokens: tuple[int, ...] | None = None,
+    space: SearchSpace | Mapping[str, Any] | None = None,
+    multiply: bool | None = None,
+    recovery: bool = False,
+    held_out: Sequence[Tensor] | int = 0,
+    race: float | None = None,
     folder: str | Path | None = None,
+    caches: Sequence[str | Path] = (),
     batch_tokens: int = 16384,
     workers: Workers | None = None,
     progress: Callable[[SearchRun], None] | None = None,
@@ -86,78 +117,245 @@ def search_factors(
         tokenizer: Tokenizer of the model; with it the objective asks for pass keys too.
         algorithm: What proposes the candidates; ``RampSearch`` by default.
         objective: ``perplexity`` (mean nll of text tokens), ``needle`` (mean nll of answer tokens to questions about
-            hidden pass keys), ``mixed`` (the sum of both, from one forward pass). By default ``mixed`` with a tokenizer
-            and ``perplexity`` without: plain perplexity does not see retrieval, and often ends without it.
+            hidden pass keys), ``mixed`` (the sum of both, from one forward pass), or an ``Objective`` of yours. By
+            default ``mixed`` with a tokenizer and ``perplexity`` without: plain perplexity does not see retrieval, and
+            often ends without it.
         max_evaluations: Most candidates to score; the algorithm's own number by default.
         seed: Of the candidates and the pass keys.
         pinned: Number of fastest frequency pairs held at 1, which protects retrieval; an eighth of them, 4 at most,
             by default.
         start_tokens: Allowed numbers of first tokens that keep their pretrained angles. Only 0 by default: small models
             gain nothing from others, and Hugging Face cannot express them.
-        space: The search space, instead of one of ``pinned`` and ``start_tokens``.
-        folder: Where ``history.jsonl``, ``state.json``, ``factors.json`` and ``rescale_factors.csv`` go. A search
-            that was cut continues there exactly.
+        space: Further arguments of the ``SearchSpace``, or a whole one.
+        multiply: Whether candidates multiply the factors installed on the model, as a second extension does; by default
+            where there are some and the target is longer than theirs.
+        recovery: Search a table for short texts: the target may lie within the model's own window, and factors reach
+            1.25 times target over own window, at least 1.25. Candidates keep the installed attention factor.
+        held_out: Texts that only the judgement at the end sees, or how many of ``documents`` to keep back for it.
+        race: Drop a candidate as soon as it is behind the last of those that matter for the next generation by more
+            than this many standard errors of the differences on the same documents. None scores all on all documents.
+        folder: Where ``history.jsonl``, ``held_out.jsonl``, ``state.json``, ``factors.json`` and
+            ``rescale_factors.csv`` go. A search that was cut continues there exactly.
+        caches: ``history.jsonl`` of other searches of this model, whose scores on the same documents are used.
         batch_tokens: Tokens per forward pass; rows of different candidates share one.
         workers: The processes that share the work; one by default.
-        progress: Called after each generation.
+        progress: Called whenever candidates are finished.
 
     Returns:
         The best factors with their score, in nats per token.
 
     Raises:
         ValueError: If the target is not longer than the model's window, a document is too short, an objective
-            lacks its tokenizer, or ``folder`` holds another search.
+            lacks its tokenizer, ``folder`` holds another search, a held-out document is one of the search's, or
+            memory suffices for no candidate.
     """
-    geometry = rope_geometry(model.config)
-    if space is None:
-        if target_length <= geometry.original_length:
-            raise ValueError(
-                f"`target_length` ({target_length}) must be longer than the model's own window"
-                f" ({geometry.original_length} tokens)."
-            )
-        shape = {name: getattr(geometry, name) for name in ("rotary_size", "base", "original_length")}
-        pinned = min(4, geometry.pairs // 8) if pinned is None else pinned
-        space = SearchSpace(**shape, target_length=target_length, pinned=pinned, start_tokens=start_tokens)
-    objective = objective or ("perplexity" if tokenizer is None else "mixed")
-    rows = search_documents(documents, target_length, objective, tokenizer, seed)
-    algorithm = (algorithm or RampSearch()).start(space, seed, max_evaluations)
-    evaluator = _Evaluator(model, rows, objective, batch_tokens, workers or SingleWorker())
-    evaluator.open(Path(folder) if folder else None, algorithm)
+    task = search_task(
+        model,
+        target_length,
+        pinned=pinned,
+        start_tokens=start_tokens,
+        space=space,
+        multiply=multiply,
+        recovery=recovery,
+    )
+    objective = named_objective(objective, tokenizer)
+    texts, judged = _kept_back(documents, held_out)
+    rows = search_documents(texts, target_length, objective, tokenizer, seed)
+    unseen = search_documents(judged, target_length, objective, tokenizer, seed + 1) if judged else []
+    _check_disjoint(texts, judged, target_length)
+    algorithm = (algorithm or RampSearch()).start(task.space, seed, max_evaluations)
+    workers = workers or SingleWorker()
     with _undisturbed(model):
-        return _search(algorithm, evaluator, progress)
-
-
-def _search(
-    algorithm: SearchAlgorithm, evaluator: "_Evaluator", progress: Callable[[SearchRun], None] | None
-) -> SearchResult:
-    space, run = algorithm.space, SearchRun(limit=algorithm.limit)
-    baselines = _baselines(space)
-    scores = evaluator.scores(list(baselines.values()), space, -1, run)
-    run.baselines = dict(zip(baselines, (score.value for score in scores), strict=True))
-    while candidates := algorithm.ask():
-        scores = evaluator.scores(candidates, space, algorithm.generation, run)
-        algorithm.tell(candidates, [score.value for score in scores])
-        run.generation, run.evaluations = algorithm.generation, algorithm.evaluations
-        run.best = algorithm.best[1]
-        evaluator.save_state(space, run, finished=False)
-        if progress:
-            progress(run)
-    best, score = algorithm.best
-    if not math.isfinite(score):
-        raise ValueError(f"None of the {run.evaluations} candidates gave a finite loss: check the model's precision.")
-    result = SearchResult(best.to_factors(space), score, run.evaluations, run.forwards, evaluator.history)
-    evaluator.save_state(space, run, finished=True, factors=result.factors)
+        identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+        settings = {"objective": objective.settings, "race": race, **algorithm.fingerprint}
+        if task.base is not None:
+            settings["base"] = task.base.to_dict()
+        files = _Files(Path(folder) if folder else None, caches, workers, identity)
+        evaluator = partial(Evaluator, model, objective=objective, batch_tokens=batch_tokens, workers=workers)
+        scorer = evaluator(rows, book=files.book("history.jsonl", rows, settings))
+        search = _Search(task, algorithm, scorer, race, progress)
+        best = search.run_to_end(files)
+        result = _result(task, search, best)
+        if unseen:
+            judging = evaluator(unseen, book=files.book("held_out.jsonl", unseen, {}))
+            result.held_out = _judge(task, result.factors, judging)
+        files.save(search, finished=True, result=result)
     return result
 
 
-def _baselines(space: SearchSpace) -> dict[str, Candidate]:
-    """PI, NTK and YaRN as published, off the grid and with their own attention factors."""
-    lengths = {name: getattr(space, name) for name in ("rotary_size", "base", "original_length", "target_length")}
-    tables = {name: getattr(RescaleFactors, name)(**lengths) for name in BASELINES}
-    return {
-        name: Candidate(table.values, table.start_tokens, table.attention_factor, f"baseline:{name}")
-        for name, table in tables.items()
-    }
+class _Search:
+    """The loop of ask, score and tell."""
+
+    def __init__(
+        self,
+        task: SearchTask,
+        algorithm: SearchAlgorithm,
+        evaluator: Evaluator,
+        race: float | None,
+        progress: Callable[[SearchRun], None] | None,
+    ) -> None:
+        self.task, self.algorithm, self.evaluator = task, algorithm, evaluator
+        self.race, self.progress = race, progress
+        self.run = SearchRun(limit=algorithm.limit)
+        self._complete: list[Score] = []  # of all documents, best first
+        self._fresh, self._spent = 0, 0.0
+
+    def run_to_end(self, files: "_Files") -> Any:
+        """Baselines, then generation after generation; the best candidate."""
+        baselines = self.task.baselines
+        scores = self._scores(list(baselines.values()), [f"baseline:{name}" for name in baselines], -1)
+        self.run.baselines = dict(zip(baselines, (score.value for score in scores), strict=True))
+        while candidates := self.algorithm.ask():
+            tables = [self.task.table(candidate) for candidate in candidates]
+            scores = self._scores(tables, [candidate.origin for candidate in candidates], self.algorithm.generation)
+            self.algorithm.tell(candidates, [score.value for score in scores])
+            self._tally(scores)
+            files.save(self, finished=False)
+            self._show()
+        best, score = self.algorithm.best
+        if not math.isfinite(score):
+            raise ValueError(
+                f"None of the {self.run.evaluations} candidates gave a finite loss: check the model's precision."
+            )
+        return best
+
+    def _scores(self, tables: list[RescaleFactors], origins: list[str], generation: int) -> list[Score]:
+        begin, before = time.perf_counter(), self.run.evaluations
+        known = self.evaluator.recalled
+
+        def finished(count: int) -> None:
+            self.run.evaluations = before + count if generation >= 0 else before
+            self._show()
+
+        scores = self.evaluator.scores(tables, origins, generation, self._reference(), finished)
+        fresh = len(tables) - (self.evaluator.recalled - known)
+        if generation >= 0:
+            self.run.cached += len(tables) - fresh
+        self._fresh, self._spent = self._fresh + fresh, self._spent + (time.perf_counter() - begin) * bool(fresh)
+        self.run.seconds = self._spent / max(self._fresh, 1)
+        self.run.forwards = self.evaluator.forwards
+        return scores
+
+    def _reference(self) -> Race | None:
+        """The worst candidate that still matters, to race against."""
+        kept = self.algorithm.kept
+        if self.race is None or len(self._complete) < kept:
+            return None
+        worst = self._complete[kept - 1]
+        values = document_values(torch.tensor(worst.documents, dtype=torch.float64), self.evaluator.objective)
+        return Race(self.race, worst.value, values)
+
+    def _tally(self, scores: list[Score]) -> None:
+        run, finite = self.run, [score.value for score in scores if math.isfinite(score.value)]
+        run.generation, run.evaluations = self.algorithm.generation, self.algorithm.evaluations
+        run.dropped += sum(score.status == "dropped" for score in scores)
+        run.failed += sum(score.status in ("nan", "inf", "oom") for score in scores)
+        run.best, run.median = self.algorithm.best[1], statistics.median(finite) if finite else math.nan
+        complete = [*self._complete, *(score for score in scores if score.status == "ok")]
+        self._complete = sorted(complete, key=lambda score: score.value)[: self.algorithm.kept]
+
+    def _show(self) -> None:
+        if self.progress:
+            self.progress(self.run)
+
+
+class _Files:
+    """The folder of a search, which one process writes."""
+
+    def __init__(
+        self, folder: Path | None, caches: Sequence[str | Path], workers: Workers, identity: dict[str, Any]
+    ) -> None:
+        self.folder, self.caches, self.workers, self.identity = folder, caches, workers, identity
+        self._fingerprint: dict[str, Any] = {}
+
+    def book(self, name: str, rows: list[SearchDocument], settings: dict[str, Any]) -> ScoreBook | None:
+        """Opens a journal where files are written; refused there, it is refused on every process."""
+        digests, book, refusal = document_digests(rows), None, None
+        each = {"documents": joint_digest(digests), **settings, "document_digests": digests}
+        fingerprint = {**self.identity, **each}
+        self._fingerprint = self._fingerprint or fingerprint
+        if self.workers.writes:
+            try:
+                path = self.folder / name if self.folder else None
+                book = ScoreBook(path, fingerprint, self.caches if settings else ())
+            except ValueError as error:
+                refusal = error
+        if self.workers.sum(torch.tensor([float(refusal is not None and self.workers.writes)])).item():
+            raise refusal or ValueError("The first process refused the search folder or a cache; see its message.")
+        return book
+
+    def save(self, search: _Search, *, finished: bool, result: SearchResult | None = None) -> None:
+        """Writes ``state.json`` and, at the end, the factors."""
+        if self.folder is None or not self.workers.writes:
+            return
+        space, evaluator = search.task.space, search.evaluator
+        if result is not None:
+            result.factors.save(self.folder / "factors.json")
+            result.factors.save_csv(self.folder / "rescale_factors.csv")
+        names = ("rotary_size", "base", "original_length", "target_length", "max_factor", "pinned", "attention_factor")
+        state = {
+            **asdict(search.run),
+            "finished": finished,
+            "objective": objective_name(evaluator.objective),
+            "documents": len(evaluator.documents),
+            **{name: getattr(space, name) for name in names},
+            "held_out": asdict(result.held_out) if result and result.held_out else None,
+            "fingerprint": self._fingerprint,
+        }
+        write_json(self.folder / "state.json", strict_json(state))
+
+
+def _kept_back(documents: Sequence[Tensor], held_out: Sequence[Tensor] | int) -> tuple[list[Tensor], list[Tensor]]:
+    """The documents of the search and those of the judgement."""
+    if not isinstance(held_out, int):
+        judged = list(held_out)
+    elif 0 <= held_out < max(len(documents), 1):
+        judged = list(documents[len(documents) - held_out :])
+        documents = documents[: len(documents) - held_out]
+    else:
+        raise ValueError(f"`held_out` keeps back {held_out} of {len(documents)} documents: none is left to search on.")
+    if len(judged) == 1:
+        raise ValueError("`held_out` needs at least 2 documents, which say something about the spread, or none.")
+    return list(documents), judged
+
+
+def _check_disjoint(texts: Sequence[Tensor], judged: Sequence[Tensor], length: int) -> None:
+    seen = {text[:length].cpu().numpy().tobytes() for text in texts}
+    if any(text[:length].cpu().numpy().tobytes() in seen for text in judged):
+        raise ValueError("A held-out document is one of the search's: a judgement needs documents of its own.")
+
+
+def _result(task: SearchTask, search: _Search, best: Any) -> SearchResult:
+    run, score = search.run, search.algorithm.best[1]
+    return SearchResult(task.table(best), score, run.evaluations, run.forwards, search.evaluator.history)
+
+
+def _judge(task: SearchTask, winner: RescaleFactors, evaluator: Evaluator) -> HeldOut:
+    """Winner and baselines on documents that the search has not seen; says so where the winner is within noise."""
+    tables = {"searched": winner, **task.baselines}
+    scores = evaluator.scores(list(tables.values()), [f"held_out:{name}" for name in tables])
+    sums = {name: _array(score) for name, score in zip(tables, scores, strict=True)}
+
+    def value(total: np.ndarray[Any, Any]) -> float:
+        return evaluator.objective.value(*means(torch.from_numpy(total)))
+
+    found = judge(sums.pop("searched"), sums, value)
+    if found.within_noise:
+        log.warning(
+            "On %d held-out documents the factors found are not better than %s beyond noise: %+.4f nats, 95 %% interval"
+            " %+.4f to %+.4f. More documents or evaluations may tell them apart.",
+            found.documents,
+            found.best_baseline,
+            found.difference,
+            found.difference_low,
+            found.difference_high,
+        )
+    return found
+
+
+def _array(score: Score) -> np.ndarray[Any, Any]:
+    rows = [(math.nan,) * 4 if row is None else row for row in score.documents]
+    return np.array(rows, dtype=np.float64)
 
 
 @contextmanager
@@ -170,115 +368,3 @@ def _undisturbed(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-class _Evaluator:
-    """Scores candidates once: from the journal where it has them, else on the model."""
-
-    def __init__(
-        self, model: Any, rows: list[SearchDocument], objective: Objective, batch_tokens: int, workers: Workers
-    ) -> None:
-        self.model = model
-        self.rows = rows
-        self.objective: Objective = objective
-        self.batch_tokens = batch_tokens
-        self.workers = workers
-        self.history: list[dict[str, Any]] = []
-        self._journal: Journal | None = None
-        self._folder: Path | None = None
-        self._fingerprint: dict[str, Any] = {}
-
-    def open(self, folder: Path | None, algorithm: SearchAlgorithm) -> None:
-        """Opens the journal on rank 0, which alone touches files."""
-        self._fingerprint = {
-            **algorithm.fingerprint,
-            "objective": self.objective,
-            "documents": _digest([(row.tokens.tolist(), row.answer, row.counted.tolist()) for row in self.rows]),
-            "model": model_digest(self.model),
-        }
-        if folder is not None and self.workers.rank == 0:
-            self._folder = folder
-            self._journal = Journal(folder / "history.jsonl", self._fingerprint)
-
-    def scores(self, candidates: list[Candidate], space: SearchSpace, generation: int, run: SearchRun) -> list[Score]:
-        """Scores in the order of ``candidates``, the same on every rank."""
-        begin = time.perf_counter()
-        found = self._remembered(candidates)
-        new = [candidate for candidate, score in zip(candidates, found, strict=True) if score is None]
-        fresh = iter(
-            score_candidates(
-                self.model,
-                [candidate.to_factors(space) for candidate in new],
-                self.rows,
-                self.objective,
-                batch_tokens=self.batch_tokens,
-                workers=self.workers,
-            )
-            if new
-            else []
-        )
-        scores = [score or next(fresh) for score in found]
-        seconds = (time.perf_counter() - begin) / max(1, len(new))
-        records = [
-            _record(candidate, score, generation, len(self.history) + index, 0.0 if old else seconds)
-            for index, (candidate, score, old) in enumerate(zip(candidates, scores, found, strict=True))
-        ]
-        self.history += records
-        if self._journal is not None:
-            self._journal.append(record for record, old in zip(records, found, strict=True) if old is None)
-        run.forwards += len(candidates) * len(self.rows)
-        run.cached += len(candidates) - len(new)
-        return scores
-
-    def _remembered(self, candidates: list[Candidate]) -> list[Score | None]:
-        """What rank 0 finds in its journal, known to all ranks."""
-        table = torch.zeros(len(candidates), 4, dtype=torch.float64)  # known, value, text, answer
-        for index, candidate in enumerate(candidates):
-            record = self._journal.cached(candidate) if self._journal is not None else None
-            if record is not None:
-                values = (record["score"], record["parts"]["text"], record["parts"]["answer"])
-                table[index] = torch.tensor([1.0, *(math.nan if v is None else v for v in values)], dtype=table.dtype)
-        rows = self.workers.sum(table).tolist()
-        return [Score(*row[1:]) if row[0] else None for row in rows]
-
-    def save_state(
-        self, space: SearchSpace, run: SearchRun, *, finished: bool, factors: RescaleFactors | None = None
-    ) -> None:
-        """Writes ``state.json`` and, at the end, the factors."""
-        if self._folder is None:
-            return
-        if factors is not None:
-            factors.save(self._folder / "factors.json")
-            factors.save_csv(self._folder / "rescale_factors.csv")
-        state = {**asdict(run), "finished": finished, "objective": self.objective, "documents": len(self.rows)}
-        names = ("original_length", "target_length", "rotary_size", "base", "pinned")
-        state |= {name: getattr(space, name) for name in names}
-        write_json(self._folder / "state.json", strict_json({**state, "fingerprint": self._fingerprint}))
-
-
-def _record(candidate: Candidate, score: Score, generation: int, number: int, seconds: float) -> dict[str, Any]:
-    return {
-        "evaluation": number,
-        "generation": generation,
-        "origin": candidate.origin,
-        "values": list(candidate.values),
-        "start_tokens": candidate.start_tokens,
-        "attention_factor": candidate.attention_factor,
-        "score": score.value,
-        "parts": {"text": score.text, "answer": score.answer},
-        "seconds": round(seconds, 4),
-    }
-
-
-def model_digest(model: Any) -> str:
-    """Short name of a model's config and weights, from a few values of every parameter."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy()
-        digest.update(name.encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

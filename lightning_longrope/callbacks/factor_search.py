@@ -1,21 +1,22 @@
 """Searches the rescale factors before training, on the ranks of the trainer."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_longrope import tracking
+from lightning_longrope.callbacks.search_display import SearchDisplay
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.model import install_factors, installed_factors
-from lightning_longrope.scoring import Objective
-from lightning_longrope.search import RampSearch, SearchAlgorithm
-from lightning_longrope.searching import SearchRun, search_factors
+from lightning_longrope.model import install_factors, installed_factors, rope_geometry
+from lightning_longrope.objectives import Objective, ObjectiveName
+from lightning_longrope.search import RampSearch, SearchAlgorithm, SearchResult
+from lightning_longrope.search.judgement import HeldOut
+from lightning_longrope.searching import search_factors
 
 log = logging.getLogger(__name__)
 
@@ -26,49 +27,78 @@ class FactorSearch(Callback):
     The search runs in ``on_train_start`` of a fit, after any checkpoint is restored, or in ``longrope search``
     without an optimizer. It is skipped when the run it belongs to is finished or training is resumed. A search that
     was cut goes on where it was. Documents come from the validation split of the datamodule (its ``excerpts``), so
-    test documents stay unseen.
+    test documents stay unseen; those of the judgement at the end do not overlap with those of the search.
 
-    Writes ``search/{history.jsonl,state.json,factors.json,rescale_factors.csv}`` in the trainer's root folder and logs
-    ``search/best``.
+    On a model with factors installed and a longer target the candidates multiply them. With ``recovery`` the search is
+    for short texts: it runs at the end of a fit, installs nothing, and leaves the short table of ``longrope export
+    --short`` in ``search_short/factors.json``.
+
+    Writes ``search/{history.jsonl,held_out.jsonl,state.json,factors.json,rescale_factors.csv}`` in the trainer's root
+    folder. Logs ``search/generation``, ``search/best``, ``search/median``, ``search/evaluations`` and others after
+    each generation, and ``search/held_out`` at the end.
 
     Args:
-        target_length: Window to reach in tokens; the datamodule's ``seq_len`` by default.
+        target_length: Window to reach in tokens; the datamodule's ``seq_len`` by default, in a recovery the model's own
+            window.
         documents: Number of documents a candidate is judged on.
+        held_out: Number of further documents that only the judgement of the winner sees; 0 for no judgement.
         algorithm: What proposes candidates.
-        objective: ``mixed`` (text and pass keys), ``needle`` (pass keys only) or ``perplexity`` (text only).
+        objective: ``mixed`` (text and pass keys), ``needle`` (pass keys only), ``perplexity`` (text only), or an
+            ``Objective``.
         max_evaluations: Most candidates; the algorithm's own number by default.
         pinned: Number of fastest frequency pairs held at 1; an eighth of them, 4 at most, by default.
-        start_tokens: Allowed numbers of first tokens that keep their pretrained angles.
+        start_tokens: Allowed numbers of first tokens that keep their pretrained angles; only 0 by default.
+        space: Further arguments of ``SearchSpace``.
+        multiply: Whether candidates multiply installed factors; by default where there are some for a shorter target.
+        recovery: Whether to search a table for short texts.
+        race: Standard errors behind the worst candidate that matters at which one is dropped; None for no race.
+        caches: Journals of other searches of this model, whose scores on the same documents are used.
         batch_tokens: Tokens per forward pass.
         seed: Of candidates, documents and pass keys.
 
     Raises:
-        ValueError: In ``setup``, if ``documents`` is not positive or there is no datamodule with ``excerpts``.
+        ValueError: If a number is out of range; in ``setup``, if there is no datamodule with ``excerpts``.
     """
 
     def __init__(
         self,
         target_length: int | None = None,
         documents: int = 5,
+        held_out: int = 8,
         algorithm: SearchAlgorithm | None = None,
-        objective: Objective = "mixed",
+        objective: Objective | ObjectiveName = "mixed",
         max_evaluations: int | None = None,
         pinned: int | None = None,
-        start_tokens: tuple[int, ...] = (0,),
+        start_tokens: tuple[int, ...] | None = None,
+        space: dict[str, Any] | None = None,
+        multiply: bool | None = None,
+        recovery: bool = False,
+        race: float | None = None,
+        caches: tuple[str, ...] = (),
         batch_tokens: int = 16384,
         seed: int = 0,
     ) -> None:
         if documents < 1:
             raise ValueError(f"`documents` must be at least 1, got {documents}.")
+        if held_out < 0 or held_out == 1:
+            raise ValueError(f"`held_out` must be 0 or at least 2, got {held_out}.")
         self.target_length = target_length
         self.documents = documents
+        self.held_out = held_out
         self.algorithm = algorithm or RampSearch()
-        self.objective: Objective = objective
+        self.objective: Objective | ObjectiveName = objective
         self.max_evaluations = max_evaluations
         self.pinned = pinned
-        self.start_tokens = tuple(start_tokens)
+        self.start_tokens = None if start_tokens is None else tuple(start_tokens)
+        self.space = space
+        self.multiply = multiply
+        self.recovery = recovery
+        self.race = race
+        self.caches = tuple(caches)
         self.batch_tokens = batch_tokens
         self.seed = seed
+        self.result: SearchResult | None = None
+        """What the search found, with its score on held-out documents."""
         self.alone = False
         """Whether the search is the whole run (``longrope search``), not the start of a fit."""
 
@@ -82,10 +112,17 @@ class FactorSearch(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.recovery:
+            return
         if trainer.ckpt_path and installed_factors(pl_module.model) is not None:
             log.info("Resumed with factors: no search.")
             return
         self.search(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.recovery:
+            self.search(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,16 +132,11 @@ class FactorSearch(Callback):
     def search(self, trainer: Trainer, module: LightningModule) -> RescaleFactors:
         """Runs or finishes the search and installs what it found, the same on every rank."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        length = self.target_length or datamodule.seq_len
-        texts = datamodule.excerpts("validation", self.documents, length, self.seed)
-        with trainer.precision_plugin.val_step_context(), _Bar(trainer) as show:
-
-            def progress(run: SearchRun) -> None:
-                show(run)
-                values = {"best": run.best, "evaluations": run.evaluations, "forwards": run.forwards}
-                tracking.log_search(trainer, run.generation, values | run.baselines)
-
-            result = search_factors(
+        length = self.target_length or self._own_length(module, datamodule)
+        folder = Path(trainer.default_root_dir) / ("search_short" if self.recovery else "search")
+        texts = datamodule.excerpts("validation", self.documents + self.held_out, length, self.seed)
+        with trainer.precision_plugin.val_step_context(), SearchDisplay(trainer) as show:
+            self.result = search_factors(
                 module.model,
                 list(texts),
                 length,
@@ -115,50 +147,65 @@ class FactorSearch(Callback):
                 seed=self.seed,
                 pinned=self.pinned,
                 start_tokens=self.start_tokens,
-                folder=Path(trainer.default_root_dir) / "search",
+                space=self.space,
+                multiply=self.multiply,
+                recovery=self.recovery,
+                held_out=self.held_out,
+                race=self.race,
+                folder=folder,
+                caches=self.caches,
                 batch_tokens=self.batch_tokens,
                 workers=TrainerWorkers(trainer),
-                progress=progress,
+                progress=show,
             )
-        install_factors(module.model, result.factors)
-        tracking.log_search_result(trainer, Path(trainer.default_root_dir) / "search")
-        return result.factors
+        if not self.recovery:
+            install_factors(module.model, self.result.factors)
+        if self.result.held_out is not None:
+            tracking.log_search(trainer, show.generation, _scalars(self.result.held_out))
+        tracking.log_search_result(trainer, folder)
+        return self.result.factors
+
+    def _own_length(self, module: LightningModule, datamodule: Any) -> int:
+        model: Any = module.model
+        return int(rope_geometry(model.config).original_length if self.recovery else datamodule.seq_len)
+
+
+def _scalars(judged: HeldOut) -> dict[str, float]:
+    """The judgement as loggers get it."""
+    named = {f"held_out_{name}": score for name, score in judged.baselines.items()}
+    return {"held_out": judged.score, "held_out_difference": judged.difference, **named}
 
 
 class TrainerWorkers:
-    """The ranks of a trainer as the workers of a search."""
+    """The ranks of a trainer as the workers of a search; ranks that read the same samples are one worker.
+
+    Those are the ranks of a sequence- or tensor-parallel group, by the strategy's ``distributed_sampler_kwargs``.
+
+    Args:
+        trainer: Its strategy knows the ranks. Every rank must make this object.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.rank = trainer.global_rank
-        self.world_size = trainer.world_size
+        samplers = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+        self.rank = int(samplers.get("rank", trainer.global_rank))
+        self.world_size = int(samplers.get("num_replicas", trainer.world_size))
+        self.writes = trainer.is_global_zero
         self._strategy = trainer.strategy
+        self._alone = trainer.world_size == 1
+        self._counts = self._is_first(trainer)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over all ranks, on the CPU."""
-        total = self._strategy.reduce(values.to(self._strategy.root_device), reduce_op="sum")
-        return total.cpu()
+        """Sum over all workers, on the CPU."""
+        if self._alone:
+            return values
+        part = values if self._counts else torch.zeros_like(values)
+        return self._strategy.reduce(part.to(self._strategy.root_device), reduce_op="sum").cpu()
 
-
-class _Bar:
-    """The trainer's own kind of progress bar, where the trainer shows one."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        self._bar: Tqdm | None = None
-
-    def __enter__(self) -> Callable[[SearchRun], None]:
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _show(self, run: SearchRun) -> None:
-        if not self._shown:
-            return
-        if self._bar is None:
-            self._bar = Tqdm(total=run.limit, desc="Search", unit="candidate", dynamic_ncols=True)
-        self._bar.set_postfix(
-            generation=run.generation, best=f"{run.best:.4f}", yarn=f"{run.baselines['yarn']:.4f}", cached=run.cached
-        )
-        self._bar.update(run.evaluations - self._bar.n)
+    def _is_first(self, trainer: Trainer) -> bool:
+        """Whether this rank is the first of its worker, the one that counts in a sum."""
+        if self.world_size == trainer.world_size:
+            return True
+        own = torch.zeros(trainer.world_size, device=self._strategy.root_device)
+        own[trainer.global_rank] = self.rank
+        ranks = self._strategy.reduce(own, reduce_op="sum").tolist()
+        return bool(ranks.index(self.rank) == trainer.global_rank)

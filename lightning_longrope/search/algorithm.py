@@ -16,6 +16,7 @@ import numpy as np
 
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.search.journal import check_fingerprint, strict_json
+from lightning_longrope.search.judgement import HeldOut
 from lightning_longrope.search.space import Candidate, SearchSpace
 
 Generations = Generator[list[Candidate], list[float], None]
@@ -34,6 +35,7 @@ class SearchResult:
         evaluations: Number of candidates scored.
         forwards: Number of forward passes that took.
         history: One mapping per evaluation, as in the journal.
+        held_out: Score on documents the search has not seen, beside the baselines; None where there were none.
     """
 
     factors: RescaleFactors
@@ -41,6 +43,7 @@ class SearchResult:
     evaluations: int
     forwards: int
     history: list[dict[str, Any]] = field(default_factory=list)
+    held_out: HeldOut | None = None
 
 
 class SearchAlgorithm(ABC):
@@ -58,6 +61,11 @@ class SearchAlgorithm(ABC):
 
     max_evaluations: int | None = None
     """Budget when ``start`` names none; None searches until the algorithm ends by itself."""
+
+    @property
+    def kept(self) -> int:
+        """How many of the best candidates the next generation is made from; a race may drop what is worse."""
+        return 16
 
     @abstractmethod
     def _generations(self) -> Generations:

@@ -5,6 +5,8 @@ Source: LongRoPE, arXiv:2402.13753, Algorithm 1 and Section 3.3.
 
 from functools import partial
 
+from typing_extensions import override
+
 from lightning_longrope.search.algorithm import Generations, SearchAlgorithm
 from lightning_longrope.search.operators import crossover, mutate
 from lightning_longrope.search.space import Candidate
@@ -46,6 +48,11 @@ class EvolutionSearch(SearchAlgorithm):
         self.crossovers = crossovers
         self.probability = probability
         self.halve_beyond = halve_beyond
+
+    @property
+    @override
+    def kept(self) -> int:
+        return self.parents
 
     def _generations(self) -> Generations:
         halved = self.halve_beyond is not None and self.space.target_length > self.halve_beyond

@@ -34,10 +34,10 @@ def check_fingerprint(expected: Mapping[str, Any], got: Mapping[str, Any], sourc
     """Refuses to continue a search under other settings.
 
     Raises:
-        ValueError: Naming the first key that differs, nested keys joined by dots.
+        ValueError: Naming the first key of ``expected`` that differs, nested keys joined by dots.
     """
     ours, theirs = _flat(strict_json(expected)), _flat(strict_json(got))
-    for key in sorted(ours.keys() | theirs.keys()):
+    for key in dict.fromkeys([*ours, *theirs]):
         old, new = ours.get(key, "nothing"), theirs.get(key, "nothing")
         if old != new:
             raise ValueError(
@@ -90,6 +90,10 @@ class Journal:
     def cached(self, candidate: Candidate) -> dict[str, Any] | None:
         """The record of this very candidate, or None; its score is None where it was not finite."""
         return self._by_candidate.get((candidate.values, candidate.start_tokens, candidate.attention_factor))
+
+    def has(self, record: Mapping[str, Any]) -> bool:
+        """Whether there is a record of the same candidate."""
+        return _key(record) in self._by_candidate
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         text = "".join(_line(record) for record in records)

@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from lightning_longrope.search.algorithm import Generations, SearchAlgorithm
 from lightning_longrope.search.evolution import check_counts, check_share, child, mutant
@@ -78,6 +79,11 @@ class RampSearch(SearchAlgorithm):
         self.crossovers = crossovers
         self.block_share = block_share
         self.probability = probability
+
+    @property
+    @override
+    def kept(self) -> int:
+        return self.population
 
     def _generations(self) -> Generations:
         assert self.limit is not None

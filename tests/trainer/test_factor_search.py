@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import LLAMA, random_loader
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 
 from lightning_longrope import LongRoPEModule, RescaleFactors
 from lightning_longrope.callbacks import FactorSearch
@@ -31,7 +31,7 @@ class Rows(LightningDataModule):
 
 def search(**options):
     return FactorSearch(
-        documents=2, objective="perplexity", algorithm=RampSearch(), **{"max_evaluations": 6, **options}
+        documents=2, held_out=2, objective="perplexity", algorithm=RampSearch(), **{"max_evaluations": 6, **options}
     )
 
 
@@ -85,7 +85,7 @@ def test_a_resumed_training_does_not_search_again(tmp_path, monkeypatch):
 
 def test_a_finished_search_is_read_and_not_repeated(tmp_path, monkeypatch):
     trainer(tmp_path, search()).fit(module(), datamodule=Rows())
-    monkeypatch.setattr("lightning_longrope.searching.score_candidates", None)
+    monkeypatch.setattr("lightning_longrope.evaluating.row_sums", None)
     again = module()
     trainer(tmp_path, search()).fit(again, datamodule=Rows())
     assert installed_factors(again.model) == RescaleFactors.load(tmp_path / "search" / "factors.json")
@@ -104,9 +104,12 @@ def test_validation_alone_does_not_search(tmp_path):
     assert not (tmp_path / "search").exists()
 
 
-def test_the_progress_bar_counts_the_evaluations(tmp_path, capfd):
-    trainer(tmp_path, search(), enable_progress_bar=True).fit(module(), datamodule=Rows())
-    assert "6/6" in capfd.readouterr().err
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_the_trainers_kind_of_bar_counts_the_evaluations(tmp_path, capfd, bar):
+    trainer(tmp_path, search(), bar(), enable_progress_bar=True).fit(module(), datamodule=Rows())
+    shown = capfd.readouterr()
+    assert "6/6" in (shown.err if bar is TQDMProgressBar else shown.out)
+    assert "generation=2" in shown.err + shown.out
 
 
 def test_a_target_within_the_window_is_refused_in_one_line(tmp_path):

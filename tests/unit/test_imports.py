@@ -13,22 +13,10 @@ import lightning_longrope
 
 PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
-    {
-        "files",
-        "geometry",
-        "rope",
-        "factors",
-        "mixing",
-        "packing",
-        "retrieval",
-        "losses",
-        "search",
-        "rotary",
-        "optimizers",
-        "redaction",
-        "tokenizing",
-    },
-    {"metrics", "model", "scoring", "searching", "reporting"},
+    {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
+    | {"mixing", "redaction", "objectives", "tokenizing"},
+    {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
+    | {"reporting"},
     {"module", "datamodules", "callbacks", "tracking"},
     {"export", "recipes"},
     {"cli"},
@@ -36,7 +24,7 @@ FLOORS = [  # each may import from its own floor and those before it
     {"__main__"},
 ]
 LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "tracking", "cli", "commands"}
-TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary"}
+TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary", "objectives"}
 
 
 def rooms():

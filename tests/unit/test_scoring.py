@@ -1,6 +1,5 @@
 """Scores against Hugging Face's own loss, one candidate and one document at a time."""
 
-import math
 import re
 
 import pytest
@@ -8,10 +7,17 @@ import torch
 from helpers import tiny_llama
 from small_tokenizers import byte_level
 
-from lightning_longrope import scoring
+from lightning_longrope.evaluating import score_candidates
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.model import install_factors
-from lightning_longrope.scoring import SearchDocument, greedy_matches, score_candidates, search_documents, token_nll
+from lightning_longrope.objectives import (
+    OBJECTIVES,
+    Objective,
+    SearchDocument,
+    named_objective,
+    search_documents,
+)
+from lightning_longrope.scoring import greedy_matches, token_nll
 
 SHAPE = {"rotary_size": 16, "base": 10_000.0, "original_length": 32, "target_length": 64}
 
@@ -68,7 +74,7 @@ def test_keys_are_hidden_in_the_first_half_and_only_ordinary_text_counts_as_text
     tokenizer = byte_level()
     words = tokenizer(" ".join(f"word{number}" for number in range(400)))["input_ids"]
     texts = [torch.tensor(words[start : start + 600]) for start in (0, 100, 200, 300)]
-    documents = search_documents(texts, 500, "mixed", tokenizer)
+    documents = search_documents(texts, 500, Objective(), tokenizer)
     places = []
     for document, text in zip(documents, texts, strict=True):
         assert len(document.tokens) == 500
@@ -94,36 +100,6 @@ def split_at_gap(document):
     return document.tokens[start:gap], document.tokens[gap:stop], document.tokens[stop:end]
 
 
-class Ranks:
-    """Ranks run one after another: each adds its part to one tensor, as an all-reduce would."""
-
-    def __init__(self, rank, world_size, total):
-        self.rank, self.world_size, self.total, self.calls = rank, world_size, total, 0
-
-    def sum(self, values):
-        self.total.append(values)
-        return torch.stack(self.total).sum(0)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_ranks_share_the_passes_and_agree_bit_for_bit(model, candidates, documents, world_size, monkeypatch):
-    alone = score_candidates(model, candidates, documents, "mixed", batch_tokens=128)
-    parts, passes, real = [], [], scoring._score
-    original = torch.compiler.set_stance
-    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: passes[-1].append(1) or original(stance))
-    for rank in range(world_size):
-        passes.append([])
-        workers = Ranks(rank, world_size, parts)
-        if rank < world_size - 1:  # sums before the last rank has added its part are not whole
-            monkeypatch.setattr("lightning_longrope.scoring._score", lambda row, objective: row)
-        else:
-            monkeypatch.setattr("lightning_longrope.scoring._score", real)
-        together = score_candidates(model, candidates, documents, "mixed", batch_tokens=128, workers=workers)
-    assert together == alone
-    assert len({len(calls) for calls in passes}) == 1  # collective operations need equal numbers of forwards
-    assert len(passes[0]) == math.ceil(6 / world_size)
-
-
 def test_token_nll_at_the_last_rows_of_a_batch(model):
     tokens = torch.randint(96, (3, 40), generator=torch.Generator().manual_seed(4))
     nll = token_nll(model, tokens)
@@ -141,10 +117,41 @@ def test_greedy_matches_is_what_generation_would_say(model):
 
 
 @pytest.mark.parametrize(
-    ("texts", "objective", "message"),
-    [([], "perplexity", "at least one"), ([torch.zeros(9)], "perplexity", "at least 10"),
-     ([torch.zeros(10)], "mixed", "needs a tokenizer")],
-)  # fmt: skip
-def test_documents_that_cannot_be_searched_on_are_refused(texts, objective, message):
+    ("texts", "message"), [([], "at least one"), ([torch.zeros(10), torch.zeros(9)], "at least 10 .*got \\[9\\]")]
+)
+def test_documents_that_cannot_be_searched_on_are_refused(texts, message):
     with pytest.raises(ValueError, match=message):
-        search_documents(texts, 10, objective)
+        search_documents(texts, 10, OBJECTIVES["perplexity"])
+
+
+def test_an_objective_that_asks_needs_a_tokenizer():
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        named_objective("mixed", None)
+    with pytest.raises(ValueError, match="must be mixed, needle, perplexity or an Objective, got 'loss'"):
+        named_objective("loss", None)
+
+
+@pytest.mark.parametrize("depths", [(0.0, 0.0), (0.25, 1.0)])
+def test_keys_lie_where_they_are_told_to(depths):
+    tokenizer = byte_level()
+    words = tokenizer(" ".join(f"word{number}" for number in range(400)))["input_ids"]
+    texts = [torch.tensor(words[start : start + 600]) for start in (0, 300)]
+    for index, document in enumerate(search_documents(texts, 500, Objective(needle_depths=depths), tokenizer)):
+        before, room = document.text.tolist().index(False, 1) - 1, int(document.text.sum())  # after BOS
+        assert before == pytest.approx((depths[0] + (index + 0.5) / 2 * (depths[1] - depths[0])) * room, abs=1)
+        assert (before == 0) == (depths == (0.0, 0.0))
+
+
+def test_text_before_the_share_does_not_count(model, candidates):
+    texts = [torch.randint(96, (64,), generator=torch.Generator().manual_seed(7))]
+    documents = search_documents(texts, 64, Objective(answer=0.0, text_from=0.75))
+    score = score_candidates(model, candidates[1:2], documents, "perplexity")[0]
+    assert score.value == pytest.approx(sum(hugging_face_nll(candidates[1], texts[0])[47:]) / 16, abs=5e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"text": 0, "answer": 0}, {"text": -1}, {"text_from": 1}, {"needle_depths": (0.6, 0.5)}]
+)
+def test_objectives_that_make_no_sense_are_refused(arguments):
+    with pytest.raises(ValueError, match="`(text|text_from|needle_depths)`"):
+        Objective(**arguments)

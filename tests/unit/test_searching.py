@@ -1,12 +1,13 @@
 """A whole search on a small model: it finds, leaves no trace, and continues exactly where it was cut."""
 
 import json
+import math
 
 import pytest
 import torch
 from helpers import tiny_llama
 
-import lightning_longrope.searching as searching
+from lightning_longrope import evaluating, score_book
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.search import EvolutionSearch, RampSearch, SmoothSearch
 from lightning_longrope.searching import search_factors
@@ -14,10 +15,14 @@ from lightning_longrope.searching import search_factors
 LENGTH = 64
 
 
+def random_texts(count, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(96, (LENGTH + 3,), generator=generator) for _ in range(count)]
+
+
 @pytest.fixture
 def texts():
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(96, (LENGTH + 3,), generator=generator) for _ in range(2)]
+    return random_texts(2)
 
 
 def small_evolution():
@@ -52,37 +57,46 @@ def test_a_search_leaves_no_trace(texts):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def search(make, folder=None):
+    options = {"folder": folder, "batch_tokens": 5 * LENGTH, "race": 1.0, "held_out": 2}
+    return search_factors(tiny_llama(), random_texts(9), LENGTH, algorithm=make(), seed=3, **options)
+
+
+def without_time(record):
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
 @pytest.mark.parametrize("make", ALGORITHMS)
-@pytest.mark.parametrize("passes_before_the_cut", [1, 2, 3])
-def test_a_cut_search_continues_exactly_and_repeats_nothing(texts, tmp_path, monkeypatch, make, passes_before_the_cut):
-    whole = search_factors(tiny_llama(), texts, LENGTH, algorithm=make(), seed=3)
-    real, counts = searching.score_candidates, []
+@pytest.mark.parametrize("passes_before_the_cut", [1, 8, 27])
+def test_a_cut_search_continues_exactly_and_repeats_nothing(tmp_path, monkeypatch, make, passes_before_the_cut):
+    monkeypatch.setattr(score_book, "_ROWS_EVERY", 0.0)
+    whole = search(make)
+    real, done, again = evaluating.row_sums, [], []
 
-    def dies(model, candidates, *args, **options):
-        if len(counts) == passes_before_the_cut:
+    def dies(model, factors, documents):
+        if len(done) == passes_before_the_cut:
             raise KeyboardInterrupt
-        counts.append(len(candidates))
-        return real(model, candidates, *args, **options)
+        done.append(len(documents))
+        return real(model, factors, documents)
 
-    monkeypatch.setattr(searching, "score_candidates", dies)
+    monkeypatch.setattr(evaluating, "row_sums", dies)
     with pytest.raises(KeyboardInterrupt):
-        search_factors(tiny_llama(), texts, LENGTH, algorithm=make(), seed=3, folder=tmp_path)
-    done = sum(counts)
-    resumed = []
+        search(make, tmp_path)
 
-    def counts_again(model, candidates, *args, **options):
-        resumed.append(len(candidates))
-        return real(model, candidates, *args, **options)
+    def counts(model, factors, documents):
+        again.append(len(documents))
+        return real(model, factors, documents)
 
-    monkeypatch.setattr(searching, "score_candidates", counts_again)
-    result = search_factors(tiny_llama(), texts, LENGTH, algorithm=make(), seed=3, folder=tmp_path)
+    monkeypatch.setattr(evaluating, "row_sums", counts)
+    result = search(make, tmp_path)
     assert result.factors == whole.factors
-    assert result.score == whole.score
-    assert [row["score"] for row in result.history] == [row["score"] for row in whole.history]
-    assert 0 < done < len(whole.history)
-    assert done + sum(resumed) == len(whole.history)
+    assert (result.score, result.forwards) == (whole.score, whole.forwards)
+    assert [without_time(row) for row in result.history] == [without_time(row) for row in whole.history]
+    assert result.held_out == whole.held_out
+    assert sum(done) + sum(again) == whole.forwards + 2 * 4
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert len(lines) == 1 + len(whole.history)
+    assert not (tmp_path / "history.rows.jsonl").exists()
 
 
 def test_files_of_a_finished_search(texts, tmp_path):
@@ -108,17 +122,22 @@ def test_a_target_within_the_window_is_refused(texts):
         search_factors(tiny_llama(), texts, 32)
 
 
-def test_candidates_that_overflow_lose_and_the_search_goes_on(texts, monkeypatch):
-    real = searching.score_candidates
+def test_candidates_that_overflow_lose_and_the_search_goes_on(texts, tmp_path, monkeypatch):
+    real = evaluating.row_sums
 
-    def poisoned(model, candidates, *args, **options):
-        scores = real(model, candidates, *args, **options)
-        return [
-            searching.Score(float("nan"), float("nan"), float("nan")) if index % 2 else score
-            for index, score in enumerate(scores)
-        ]
+    def poisoned(model, factors, documents):
+        sums = real(model, factors, documents)
+        for row, table in zip(sums, factors, strict=True):
+            if table.attention_factor != 1:  # the baselines' are
+                row[0] = {0: math.nan, 1: math.inf}.get(round(100 * table.values[-1]) % 4, row[0])
+        return sums
 
-    monkeypatch.setattr(searching, "score_candidates", poisoned)
-    result = search_factors(tiny_llama(), texts, LENGTH, max_evaluations=12)
+    monkeypatch.setattr(evaluating, "row_sums", poisoned)
+    result = search_factors(tiny_llama(), texts, LENGTH, max_evaluations=20, folder=tmp_path)
     assert result.score < float("inf")
-    assert result.evaluations == 12
+    assert result.evaluations == 20
+    statuses = [row["status"] for row in result.history]
+    assert set(statuses) == {"ok", "nan", "inf"}
+    again = search_factors(tiny_llama(), texts, LENGTH, max_evaluations=20, folder=tmp_path)
+    assert [row["status"] for row in again.history] == statuses
+    assert again.factors == result.factors
