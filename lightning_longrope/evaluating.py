@@ -64,6 +64,22 @@ class SingleWorker:
         return values
 
 
+class ProcessWorkers:
+    """The processes of torch's default process group (``torchrun`` without a trainer)."""
+
+    def __init__(self) -> None:
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+        self.writes = self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all processes, on the CPU."""
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        total = values.to(device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.cpu()
+
+
 @dataclass(frozen=True)
 class Race:
     """Drops a candidate that is behind a reference on the same documents by more than noise.

@@ -33,7 +33,8 @@ def _sample(parameter: Tensor) -> Tensor:
         whole = parameter.detach()
         whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
         flat = whole.reshape(-1)
-        return flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().cpu()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].float().cpu()
+        return sample.clone()  # numpy() fixes the size of a storage, and FSDP2 resizes those of parameters
 
 
 def _gathered(parameter: Tensor) -> Any:
