@@ -7,7 +7,7 @@ Shapes: B batch, S sequence, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
+from lightning_longrope.isolation import Stretches, isolated_documents
 from lightning_longrope.rotary import RescaledRotary
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "installed_factors",
     "load_model",
     "load_tokenizer",
+    "original_rope",
     "output_head",
     "probe_logits",
     "rope_geometry",
@@ -97,6 +99,22 @@ def candidate_rows(model: PreTrainedModel, factors: Sequence[RescaleFactors]) ->
     current = decoder.rotary_emb
     stock = current.stock if isinstance(current, RescaledRotary) else current
     decoder.rotary_emb = RescaledRotary(stock, factors, geometry, per_row=True)
+    try:
+        yield
+    finally:
+        decoder.rotary_emb = current
+
+
+@contextmanager
+def original_rope(model: PreTrainedModel) -> Iterator[None]:
+    """Lets every forward inside the context use the model's own rotary embedding, as if no factors were installed.
+
+    The tables are read once a forward, outside of the layers, so a backward pass after the context, that of
+    checkpointed layers too, has those of its forward.
+    """
+    decoder = _rotary_owner(model)
+    current = decoder.rotary_emb
+    decoder.rotary_emb = current.stock if isinstance(current, RescaledRotary) else current
     try:
         yield
     finally:
@@ -200,18 +218,29 @@ def _check_wired(
         )
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    stretches: Stretches | None = None,
+) -> Tensor:
     """Final hidden states of a causal model, without its output head, a key-value cache or an attention mask.
 
     Args:
         model: The causal language model.
         input_ids: Tokens, [B, S] int64.
         position_ids: Positions, [B, S] int64; 0 to S - 1 if None.
+        stretches: Where documents lie that must not see each other; the positions begin again with each of them.
 
     Returns:
         [B, S, H], normalised as the output head expects it.
     """
-    return model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    isolation: AbstractContextManager[dict[str, Any]] = nullcontext({})
+    if stretches is not None:
+        isolation = isolated_documents(model, stretches)
+    with isolation as keywords:
+        return model.get_decoder()(**inputs, **keywords).last_hidden_state
 
 
 def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:

@@ -4,7 +4,8 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,11 +14,18 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.losses import chunked_nll
+from lightning_longrope.isolation import Stretches
+from lightning_longrope.losses import chunked_nll, token_nll
 from lightning_longrope.metrics import Perplexity
-from lightning_longrope.model import hidden_states, install_factors, installed_factors, load_model, output_head
+from lightning_longrope.model import (
+    hidden_states,
+    install_factors,
+    installed_factors,
+    load_model,
+    original_rope,
+    output_head,
+)
 from lightning_longrope.optimizers import Schedule
-from lightning_longrope.scoring import token_nll
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +102,9 @@ class LongRoPEModule(LightningModule):
         if self.factors is not None:
             install_factors(self.model, RescaleFactors.load(self.factors))
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            older = getattr(self.model, "gradient_checkpointing_enable", None)  # before transformers 5.23
+            enable: Any = getattr(self.model, "activation_checkpointing_enable", older)
+            enable({"use_reentrant": False})
 
     @override
     def on_fit_start(self) -> None:
@@ -107,27 +117,49 @@ class LongRoPEModule(LightningModule):
         return output_head(self.model)(hidden_states(self.model, input_ids))
 
     @override
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        if "cu_seq_lens" in batch:
-            raise NotImplementedError("Rows of isolated documents are packed, but the model does not isolate them yet.")
-        hidden = hidden_states(self.model, batch["input_ids"])[:, :-1]
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        hidden = self.hidden_states(batch)[:, :-1]
         weights = batch["weights"][:, 1:].reshape(-1) if "weights" in batch else None
         nll, count = chunked_nll(
             hidden.reshape(-1, hidden.shape[-1]), output_head(self.model), batch["labels"][:, 1:].reshape(-1), weights
         )
-        loss = nll / count
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
-        return loss
+        total_nll, total = self._over_ranks(torch.stack([nll.detach(), count]))
+        total = torch.where(total > 0, total, 1)  # no label anywhere: no loss
+        self.log("train_loss", total_nll / total, prog_bar=True, batch_size=len(batch["input_ids"]))
+        return nll * self._ranks / total  # of which the strategy takes the mean over ranks
+
+    def hidden_states(self, batch: dict[str, Any]) -> Tensor:
+        """Final hidden states of a batch, [B, S, H]: documents isolated and the original RoPE where it asks for them.
+
+        Args:
+            batch: ``input_ids`` [B, S] int64; ``position_ids``, ``cu_seq_lens`` and ``max_length`` where documents must
+                not see each other; ``original_rope``, true for rows that are read with the pretrained RoPE.
+        """
+        stretches = Stretches(batch["cu_seq_lens"], batch["max_length"]) if "cu_seq_lens" in batch else None
+        with original_rope(self.model) if batch.get("original_rope") else nullcontext():
+            return hidden_states(self.model, batch["input_ids"], batch.get("position_ids"), stretches)
+
+    @property
+    def _ranks(self) -> int:
+        return 1 if self._trainer is None else self._trainer.world_size
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """Sums of a small tensor over all ranks: ranks that hold more labels weigh more."""
+        if self._ranks == 1:
+            return sums
+        return cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum"))
 
     @override
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        kept = batch["labels"][:, 1:] != -100
-        nll = token_nll(self.model, batch["input_ids"])
-        self.perplexity.update((nll.double() * kept).sum(), kept.sum())
-        self.log("val_perplexity", self.perplexity, prog_bar=True, batch_size=len(kept))
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        labels = batch["labels"][:, 1:].reshape(-1)
+        with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for these shapes
+            hidden = self.hidden_states(batch)[:, :-1]
+        nll = token_nll(hidden.reshape(-1, hidden.shape[-1]), output_head(self.model), labels)
+        self.perplexity.update(nll.double().sum(), (labels != -100).sum())
+        self.log("val_perplexity", self.perplexity, prog_bar=True, batch_size=len(batch["labels"]))
 
     @override
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

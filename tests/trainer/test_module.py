@@ -136,6 +136,79 @@ def test_weights_of_tokens_count_in_the_loss(tmp_path):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def packed_batch(**more):
+    """Documents of 4, 9 and 11 tokens side by side."""
+    tokens = torch.randint(96, (1, 24), generator=torch.Generator().manual_seed(3))
+    positions = torch.cat([torch.arange(size) for size in (4, 9, 11)])[None]
+    bounds = torch.tensor([0, 4, 13, 24], dtype=torch.int32)
+    labels = tokens.clone()
+    labels[0, [0, 4, 13]] = -100
+    batch = {"input_ids": tokens, "labels": labels, "position_ids": positions, "cu_seq_lens": bounds, "max_length": 11}
+    return {**batch, **more}
+
+
+def module_with_factors(**options):
+    torch.manual_seed(0)
+    module = LongRoPEModule(config=LLAMA, **options)
+    module.configure_model()
+    install_factors(module.model, RescaleFactors.linear(**SHAPE))
+    module.log = lambda *args, **more: None  # no trainer here
+    return module
+
+
+@pytest.mark.parametrize("original_rope", [True, False])
+def test_recomputed_layers_have_the_rope_and_documents_of_their_forward(original_rope):
+    gradients = []
+    for checkpointing in (False, True):
+        module = module_with_factors(gradient_checkpointing=checkpointing)
+        module.training_step(packed_batch(original_rope=original_rope), 0).backward()
+        gradients.append([p.grad for p in module.model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_isolated_rows_give_the_loss_and_perplexity_of_their_documents():
+    module, batch = module_with_factors(), packed_batch()
+    sums, model = [], module.model.eval()
+    with torch.no_grad():
+        for document in batch["input_ids"][0].split((4, 9, 11)):
+            logits = model(document[None]).logits[0, :-1].double()
+            sums.append(nn.functional.cross_entropy(logits, document[1:], reduction="sum"))
+        expected = sum(sums) / (3 + 8 + 10)
+        assert module.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-6)
+        module.validation_step(batch, 0)
+    assert module.perplexity.compute().item() == pytest.approx(expected.exp().item(), rel=1e-6)
+
+
+def test_short_rows_are_trained_with_the_pretrained_rope():
+    module, batch = module_with_factors(), packed_batch(original_rope=True)
+    short = module.training_step(batch, 0)
+    long = module.training_step({**batch, "original_rope": False}, 0)
+    install_factors(module.model, RescaleFactors.none(**SHAPE))
+    assert short.item() == module.training_step(packed_batch(), 0).item() != long.item()
+
+
+def test_a_batch_without_labels_has_no_loss_and_no_gradient():
+    module, batch = module_with_factors(), packed_batch()
+    loss = module.training_step({**batch, "labels": torch.full_like(batch["labels"], -100)}, 0)
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in module.model.parameters())
+
+
+def test_a_model_that_was_trained_on_isolated_rows_is_saved_and_loaded_like_any(tmp_path):
+    module = module_with_factors()
+    module.training_step(packed_batch(), 0)
+    checkpoint = {"state_dict": {f"model.{k}": v for k, v in module.model.state_dict().items()}}
+    module.on_save_checkpoint(checkpoint)
+    assert "by_document" not in str(checkpoint["longrope"])
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    loaded, tokens = load_model(tmp_path / "a.ckpt"), torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, module.model.eval()(tokens).logits)
+    module.model.save_pretrained(tmp_path / "hf")
+    assert "by_document" not in (tmp_path / "hf" / "config.json").read_text()
+
+
 def test_a_subclass_with_a_loss_of_its_own(tmp_path):
     class LabelSmoothing(LongRoPEModule):
         def training_step(self, batch, batch_idx):

@@ -16,7 +16,7 @@ FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
     | {"mixing", "redaction", "objectives", "tokenizing"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
-    | {"reporting"},
+    | {"reporting", "isolation"},
     {"module", "datamodules", "callbacks", "tracking"},
     {"export", "recipes"},
     {"cli"},
