@@ -12,13 +12,13 @@ from typing_extensions import override
 from lightning_longrope.callbacks.comparison import (
     METHODS,
     MethodComparison,
-    TableAt,
+    MethodResults,
     method_tables,
-    read_rows,
     settings_digest,
+    write_results,
 )
 from lightning_longrope.callbacks.factor_search import FactorSearch
-from lightning_longrope.callbacks.measurement import MeasuringCallback
+from lightning_longrope.callbacks.measurement import MeasuringCallback, TableAt
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_text
 from lightning_longrope.model import rope_geometry
@@ -88,7 +88,7 @@ class LongRoPETrainer(Trainer):
             self._compare(other, datamodule, MethodComparison({name: None}, measuring, parts))
         if self.is_global_zero:
             names = [*tables, *(tuned or {})]
-            write_text(folder / "results.csv", read_rows([parts / f"{name}.csv" for name in names]))
+            write_results(folder, {name: MethodResults.load(parts / f"{name}.json") for name in names})
             log_results(self, "comparison", Results(read_results(folder / "results.csv")))
 
     @property

@@ -18,22 +18,29 @@ from lightning_longrope.objectives import Objective, SearchDocument
 
 Status = Literal["ok", "nan", "inf", "oom", "dropped"]
 
+LOGITS_AT_A_TIME = 1 << 24
+"""Most logits that exist at a time: 64 MiB in float32, whatever the vocabulary."""
+
 
 @torch.no_grad()
-def token_nll(model: Any, input_ids: Tensor) -> Tensor:
+def token_nll(model: Any, input_ids: Tensor, last: int | None = None) -> Tensor:
     """Negative log-likelihood of every token but the first, given the tokens before it.
 
     Never holds the logits of a long row. Dropout is off if the caller has set ``model.eval()``.
 
     Args:
         model: A Hugging Face causal language model.
-        input_ids: Tokens, [B, S] int64, on the device of the model. No padding.
+        input_ids: Tokens, [B, S] int64, on the device of the model. No padding, but at the end of rows: a token sees
+            none after it.
+        last: Only that many tokens at the end of each row go through the output head; all S - 1 if None.
 
     Returns:
-        [B, S - 1] float32 in nats; entry ``t`` belongs to token ``t + 1``.
+        [B, S - 1] (or [B, last]) float32 in nats; without ``last``, entry ``t`` belongs to token ``t + 1``.
     """
-    hidden = _hidden(model, input_ids)[:, :-1]
-    flat = flat_token_nll(hidden.reshape(-1, hidden.shape[-1]), output_head(model), input_ids[:, 1:].reshape(-1))
+    first = 0 if last is None else input_ids.shape[1] - 1 - last
+    hidden = _hidden(model, input_ids)[:, first:-1].flatten(0, 1)
+    labels = input_ids[:, first + 1 :].flatten()
+    flat = flat_token_nll(hidden, output_head(model), labels, chunk=_positions_at_a_time(model))
     return flat.view(input_ids.shape[0], -1)
 
 
@@ -52,8 +59,15 @@ def greedy_matches(model: Any, input_ids: Tensor, answer: int) -> Tensor:
     Returns:
         [B, A] bool.
     """
-    hidden = _hidden(model, input_ids)[:, -answer - 1 : -1]
-    return output_head(model)(hidden).argmax(-1) == input_ids[:, -answer:]
+    hidden, head = _hidden(model, input_ids)[:, -answer - 1 : -1].flatten(0, 1), output_head(model)
+    likeliest = torch.cat([head(part).argmax(-1) for part in hidden.split(_positions_at_a_time(model))])
+    return likeliest.view(-1, answer) == input_ids[:, -answer:]
+
+
+def _positions_at_a_time(model: Any) -> int:
+    """Positions that go through the output head together, 4,096 at most."""
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)
+    return max(1, min(4096, LOGITS_AT_A_TIME // vocabulary))
 
 
 def _hidden(model: Any, input_ids: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from small_tokenizers import TEXT, byte_level
 from torch import nn
 
+from lightning_longrope.packing import Documents
+
 VOCABULARY = 720  # more than any of the tokenizers here has
 
 
@@ -51,16 +53,20 @@ class Fake(nn.Module):
 
 
 class Repeater(Fake):
-    """Goes on as the text did after the last four tokens, if they stood at most ``reach`` tokens ago."""
+    """Goes on as the text did after the last ``context`` tokens, if they stood at most ``reach`` tokens ago.
 
-    def __init__(self, reach):
+    Tokens that are ``alike`` count as the same in what it compares.
+    """
+
+    def __init__(self, reach, context=4, alike=None):
         super().__init__()
-        self.reach = reach
+        self.reach, self.context, self.alike = reach, context, alike or {}
 
     def logits(self, row):
         last, logits = {}, torch.zeros(len(row), VOCABULARY)
-        for t in range(3, len(row)):
-            context = tuple(row[t - 3 : t + 1])
+        same = [self.alike.get(token, token) for token in row]
+        for t in range(self.context - 1, len(row)):
+            context = tuple(same[t + 1 - self.context : t + 1])
             if t - last.get(context, -math.inf) <= self.reach:
                 logits[t, row[last[context] + 1]] = 10.0
             last[context] = t
@@ -112,6 +118,12 @@ class Data(LightningDataModule):
         body = length - len(bos)
         text = self.filler(split)[seed : seed + count * body].view(count, body)
         return torch.cat([torch.tensor(bos, dtype=torch.int64).expand(count, -1), text], dim=1)
+
+    def documents(self, split):
+        """Documents of 30, 31, 32, ... tokens of the text, without markers."""
+        tokens = self.filler(split).numpy()
+        starts = np.cumsum([0, *range(30, 60)])
+        return Documents(tokens.astype(np.uint16), starts[:-1], np.diff(starts))
 
     def filler(self, split):
         return torch.tensor(self.tokenizer.encode(TEXT, add_special_tokens=False))

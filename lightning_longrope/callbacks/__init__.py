@@ -1,8 +1,24 @@
 """Callbacks of a `lightning.pytorch.Trainer`: the factor search and the evaluations."""
 
+from lightning_longrope.callbacks.document_question import DocumentQuestion
 from lightning_longrope.callbacks.factor_search import FactorSearch
+from lightning_longrope.callbacks.key_value import KeyValueRetrieval
 from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback
+from lightning_longrope.callbacks.needle import NeedleRetrieval
 from lightning_longrope.callbacks.passkey import PasskeyRetrieval
 from lightning_longrope.callbacks.perplexity import PerplexityByLength
+from lightning_longrope.callbacks.prefix_perplexity import PrefixPerplexity
+from lightning_longrope.callbacks.sliding_perplexity import SlidingPerplexity
 
-__all__ = ["FactorSearch", "Measurement", "MeasuringCallback", "PasskeyRetrieval", "PerplexityByLength"]
+__all__ = [
+    "DocumentQuestion",
+    "FactorSearch",
+    "KeyValueRetrieval",
+    "Measurement",
+    "MeasuringCallback",
+    "NeedleRetrieval",
+    "PasskeyRetrieval",
+    "PerplexityByLength",
+    "PrefixPerplexity",
+    "SlidingPerplexity",
+]

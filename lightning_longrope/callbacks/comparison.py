@@ -5,26 +5,55 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_longrope.callbacks.measurement import MeasuringCallback
+from lightning_longrope.callbacks.measurement import MeasuringCallback, TableAt
+from lightning_longrope.callbacks.retrieval import RetrievalCallback
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.files import write_text
-from lightning_longrope.metrics import Measurement
-from lightning_longrope.model import install_factors, rope_geometry
+from lightning_longrope.files import write_json, write_text
+from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean, paired_ratio
+from lightning_longrope.model import rope_geometry
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("method", "metric", "length", "depth", "value", "low", "high", "n")
 METHODS = ("none", "linear", "ntk", "dynamic_ntk", "yarn")
 
-TableAt = Callable[[int], RescaleFactors]
-"""The factors a method uses for a sequence of some length, in tokens."""
+
+@dataclass
+class MethodResults:
+    """What was measured of one method.
+
+    Attributes:
+        rows: The measurements.
+        positions: Mean nll by position.
+        sums: Sums by document of every perplexity, by metric and length.
+    """
+
+    rows: list[Measurement] = field(default_factory=list)
+    positions: list[PositionMean] = field(default_factory=list)
+    sums: dict[tuple[str, int], DocumentSums] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Writes all of it as JSON."""
+        sums = [[*key, found.nll, found.weight] for key, found in self.sums.items()]
+        rows, positions = ([asdict(row) for row in part] for part in (self.rows, self.positions))
+        write_json(path, {"rows": rows, "positions": positions, "sums": sums})
+
+    @classmethod
+    def load(cls, path: Path) -> "MethodResults":
+        """Reads what ``save`` wrote."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return cls(
+            [Measurement(**row) for row in found["rows"]],
+            [PositionMean(**row) for row in found["positions"]],
+            {(metric, length): DocumentSums(tuple(n), tuple(w)) for metric, length, n, w in found["sums"]},
+        )
 
 
 def method_tables(method: str, config: Any, target_length: int) -> TableAt:
@@ -58,40 +87,59 @@ def method_tables(method: str, config: Any, target_length: int) -> TableAt:
 class MethodComparison(Callback):
     """Runs measuring callbacks once per method, in place of a validation run's own measurements.
 
-    Keeps the rows of every finished method in a file of its own, so a comparison that was cut measures no method
+    Keeps the results of every finished method in a file of its own, so a comparison that was cut measures no method
     again.
 
     Args:
         tables: Factors of each method at each length; None leaves the model as it was loaded.
         measuring: Callbacks that say what is measured.
-        folder: Where the rows of a method are kept.
+        folder: Where the results of a method are kept.
+        answers: Trials of each retrieval task and length whose answers are generated and printed.
     """
 
-    def __init__(self, tables: dict[str, TableAt | None], measuring: Sequence[MeasuringCallback], folder: Path) -> None:
+    def __init__(
+        self,
+        tables: dict[str, TableAt | None],
+        measuring: Sequence[MeasuringCallback],
+        folder: Path,
+        answers: int = 0,
+    ) -> None:
         self.tables = tables
         self.measuring = measuring
         self.folder = folder
+        self.answers = answers
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for method, table_at in self.tables.items():
-            path = self.folder / f"{method}.csv"
+            path = self.folder / f"{method}.json"
             # Decided together: the ranks measure a method together or not at all.
             if trainer.strategy.broadcast(path.exists()):
                 continue
-            rows = self._measure(method, table_at, trainer, pl_module)
+            found = self._measure(table_at, trainer, pl_module)
             if trainer.is_global_zero:
-                write_rows(path, rows)
-                log.info("%s: %s", method, summary(rows))
+                found.save(path)
+                log.info("%s: %s", method, summary(found.rows))
+        if self.answers:
+            self._show_answers(trainer, pl_module)
 
-    def _measure(
-        self, method: str, table_at: TableAt | None, trainer: Trainer, module: LightningModule
-    ) -> list[tuple[str, Measurement]]:
-        def install(length: int) -> None:
-            if table_at is not None:
-                install_factors(module.model, table_at(length))
+    def _measure(self, table_at: TableAt | None, trainer: Trainer, module: LightningModule) -> MethodResults:
+        found = MethodResults()
+        for callback in self.measuring:
+            found.rows += callback.measure(trainer, module, table_at)
+            found.positions += callback.positions
+            found.sums |= callback.sums
+        return found
 
-        return [(method, found) for callback in self.measuring for found in callback.measure(trainer, module, install)]
+    def _show_answers(self, trainer: Trainer, module: LightningModule) -> None:
+        """Prints what the model writes at the end of some prompts; every rank generates the same."""
+        for callback in self.measuring:
+            if isinstance(callback, RetrievalCallback):
+                for answer in callback.answers(trainer, module, self.answers):
+                    if trainer.is_global_zero:
+                        depth = "" if answer.depth is None else f", depth {answer.depth:.2f}"
+                        task = f"{answer.metric}, {answer.length} tokens{depth}"
+                        log.info("%s: expected %r, got %r", task, answer.expected, answer.given)
 
 
 def settings_digest(parts: Sequence[object], *values: object) -> str:
@@ -107,29 +155,59 @@ def settings_digest(parts: Sequence[object], *values: object) -> str:
     return hashlib.sha256(json.dumps([settings, values], default=repr, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_rows(path: Path, rows: Sequence[tuple[str, Measurement]]) -> None:
-    """Writes measurements of methods as a tidy CSV, one measurement a row."""
+def write_results(folder: Path, methods: Mapping[str, MethodResults], baselines: Sequence[str] = METHODS) -> None:
+    """Writes ``results.csv`` and, where positions were measured, ``positions.csv``.
+
+    Every perplexity of a method that is no baseline gets rows of its ratio to YaRN and to the best baseline too,
+    ``perplexity_over_yarn`` and so on.
+
+    Args:
+        folder: Where to write.
+        methods: What was measured, by method.
+        baselines: Methods that the others are held against.
+    """
+    rows = [(method, row) for method, found in methods.items() for row in found.rows]
+    theirs = {name: methods[name] for name in baselines if name in methods}
+    for method in [name for name in methods if name not in baselines]:
+        rows += [(method, row) for row in paired_rows(methods[method], theirs)]
+    _write_table(folder / "results.csv", Measurement, rows)
+    positions = [(method, row) for method, found in methods.items() for row in found.positions]
+    if positions:
+        _write_table(folder / "positions.csv", PositionMean, positions)
+
+
+def paired_rows(ours: MethodResults, baselines: Mapping[str, MethodResults]) -> list[Measurement]:
+    """``{metric}_over_{baseline}``: ratios of perplexities on the same documents, with paired bootstrap intervals.
+
+    Args:
+        ours: The method whose perplexities are the numerators.
+        baselines: The methods to choose from: YaRN and, at each length, the one with the lowest perplexity.
+    """
+    rows = []
+    for (metric, length), sums in ours.sums.items():
+        others = {name: found.sums.get((metric, length)) for name, found in baselines.items()}
+        same = {name: other for name, other in others.items() if other is not None and other.weight == sums.weight}
+        best = min(same, key=lambda name: sum(same[name].nll), default=None)
+        for name in [name for name in same if name in ("yarn", best)]:
+            ratio = paired_ratio(sums, same[name])
+            rows.append(Measurement(f"{metric}_over_{name}", length, None, *ratio, n=len(sums.weight)))
+    return rows
+
+
+def _write_table(path: Path, kind: type, rows: Sequence[tuple[str, Any]]) -> None:
+    """Writes measurements of methods as a tidy CSV, one a row; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for method, found in rows:
-        depth = "" if found.depth is None else found.depth
-        writer.writerow([method, found.metric, found.length, depth, found.value, found.low, found.high, found.n])
+    writer.writerow(["method", *(column.name for column in fields(kind))])
+    writer.writerows([method, *astuple(row)] for method, row in rows)
     write_text(path, text.getvalue())
 
 
-def read_rows(paths: Sequence[Path]) -> str:
-    """The rows of several such files as one CSV text."""
-    texts = [path.read_text(encoding="utf-8").splitlines(keepends=True) for path in paths]
-    return "".join([",".join(COLUMNS) + "\n", *(line for lines in texts for line in lines[1:])])
-
-
-def summary(rows: Sequence[tuple[str, Measurement]]) -> str:
-    """One line: perplexity and passkey accuracy at each length."""
-    wanted = ("perplexity", "passkey")
-    parts = {metric: [f for _, f in rows if f.metric == metric and f.depth is None] for metric in wanted}
+def summary(rows: Sequence[Measurement]) -> str:
+    """One line: every perplexity and accuracy that was measured, by length."""
+    parts = {row.metric: [f for f in rows if f.metric == row.metric and f.depth is None] for row in rows}
     return "; ".join(
         f"{metric} " + ", ".join(f"{found.length}: {found.value:.4g}" for found in values)
         for metric, values in parts.items()
-        if values
+        if values and metric != "bits_per_byte" and not metric.startswith("perplexity_last")
     )

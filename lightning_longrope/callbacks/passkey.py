@@ -3,24 +3,28 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_longrope import scoring
-from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback
-from lightning_longrope.retrieval import PasskeyPrompts, Prompt, wilson_interval
+from lightning_longrope.callbacks.measurement import Measurement, text_of
+from lightning_longrope.callbacks.retrieval import RetrievalCallback
+from lightning_longrope.retrieval import PasskeyPrompts
+
+SUCCESS = 0.2
+"""Success rate below which a distance is out of reach (Position Interpolation, arXiv:2306.15595, section 3.3)."""
 
 
-class PasskeyRetrieval(MeasuringCallback):
+class PasskeyRetrieval(RetrievalCallback):
     """Measures how often the model repeats a key hidden at some depth of a prompt of some length.
 
     One forward pass scores a batch of trials: greedy decoding repeats the key exactly when the most likely token is
     right at each answer position given the true prefix, so nothing is generated and no cache is kept.
 
     Logs ``passkey/{length}``, the fraction of keys repeated in full over all depths, in [0, 1]; ``results`` has the
-    depths too. Intervals are 95 % Wilson intervals.
+    depths too. Intervals are 95 % Wilson intervals. With two or more depths it also logs
+    ``passkey_k_max/{length}``: the largest distance in tokens from key to answer such that at this and every smaller
+    distance measured at least a fifth of the keys are repeated, 0 if there is none; its interval takes the ends of the
+    rates' intervals. The protocol of Position Interpolation has 32 depths and 10 trials.
 
     Args:
         lengths: Lengths of prompt and answer together in tokens; the datamodule's ``seq_len`` by default.
@@ -31,10 +35,14 @@ class PasskeyRetrieval(MeasuringCallback):
         split: Split of the datamodule to take the text from.
         batch_tokens: Tokens of a forward pass; a longer prompt goes alone.
         seed: Chooses keys and text.
+        every_n_steps: Optimizer steps between two measurements of a fit; None measures at every validation.
+        every_n_epochs: The same in epochs.
 
     Raises:
         ValueError: If a number is out of range, or in ``setup`` if a length is too short for the prompt.
     """
+
+    metric = "passkey"
 
     def __init__(
         self,
@@ -45,59 +53,40 @@ class PasskeyRetrieval(MeasuringCallback):
         split: str = "validation",
         batch_tokens: int = 16384,
         seed: int = 0,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
     ) -> None:
-        super().__init__(lengths, split, batch_tokens, seed)
-        self.depths = _spread(depths) if isinstance(depths, int) else tuple(depths)
-        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
-            raise ValueError(f"`depths` must be a positive number of depths or depths in [0, 1], got {depths}.")
-        if trials < 1:
-            raise ValueError(f"`trials` must be at least 1, got {trials}.")
-        self.trials = trials
+        super().__init__(lengths, depths, trials, split, batch_tokens, seed, every_n_steps, every_n_epochs)
         self.filler: Literal["appendix", "text"] = filler
-        self._prompts: PasskeyPrompts | None = None
 
     @override
-    def prepare(self, datamodule: Any, lengths: Sequence[int]) -> None:
-        text = datamodule.filler(self.split) if self.filler == "text" else None
-        self._prompts = PasskeyPrompts(datamodule.tokenizer, self.filler, text, self.seed)
-        for length in lengths:
-            self._prompts.prompt(length, self.depths[0], trial=0)  # too short, or too little text: fails now
+    def make_prompts(self, datamodule: Any) -> PasskeyPrompts:
+        text = text_of(datamodule, "filler", self.split) if self.filler == "text" else None
+        return PasskeyPrompts(datamodule.tokenizer, self.filler, text, self.seed)
 
     @override
     def measure_length(self, trainer: Trainer, module: LightningModule, length: int) -> list[Measurement]:
-        hits = self._hits(trainer, module, length).view(len(self.depths), self.trials).sum(1).long().tolist()
-        return [
-            *(_measurement(length, depth, n, self.trials) for depth, n in zip(self.depths, hits, strict=True)),
-            _measurement(length, None, sum(hits), len(self.depths) * self.trials),
-        ]
+        found = super().measure_length(trainer, module, length)
+        return found if len(self.depths) == 1 else [*found, self._k_max(length, found[:-1])]
 
-    def _hits(self, trainer: Trainer, module: LightningModule, length: int) -> Tensor:
-        """1 where the key was repeated in full, [depths * trials] float64."""
+    def _k_max(self, length: int, cells: Sequence[Measurement]) -> Measurement:
+        """How far back keys are found, from the rates by depth."""
         assert self._prompts is not None
-        cells = [(depth, trial) for depth in self.depths for trial in range(self.trials)]
-        hits = torch.zeros(len(cells), dtype=torch.float64)
-        rows = self.rows(length)
-        for start, counts in self.share(trainer, range(0, len(cells), rows)):
-            prompts = [self._prompts.prompt(length, depth, trial) for depth, trial in cells[start : start + rows]]
-            right = _repeated(module, prompts)
-            if counts:
-                hits[start : start + rows] = right
-        return self.sum_over_ranks(trainer, hits)
+        distances = [self._prompts.prompt(length, depth, trial=0).distance for depth in self.depths]
+        order = sorted(range(len(cells)), key=lambda place: distances[place])
+        near = [distances[place] for place in order]
+        value, low, high = (
+            _reach(near, [rate(cells[place]) for place in order])
+            for rate in (lambda cell: cell.value, lambda cell: cell.low, lambda cell: cell.high)
+        )
+        return Measurement("passkey_k_max", length, None, value, low, high, n=len(cells) * self.trials)
 
 
-def _repeated(module: LightningModule, prompts: Sequence[Prompt]) -> Tensor:
-    """1 for every prompt whose answer is right in each token, [B] float64, from one forward pass."""
-    input_ids = torch.stack([prompt.tokens for prompt in prompts]).to(module.device)
-    longest = max(prompt.answer for prompt in prompts)  # keys may have different numbers of tokens
-    matches = scoring.greedy_matches(module.model, input_ids, longest).cpu()
-    right = [bool(row[-prompt.answer :].all()) for row, prompt in zip(matches, prompts, strict=True)]
-    return torch.tensor(right, dtype=torch.float64)
-
-
-def _measurement(length: int, depth: float | None, hits: int, trials: int) -> Measurement:
-    return Measurement("passkey", length, depth, hits / trials, *wilson_interval(hits, trials), n=trials)
-
-
-def _spread(count: int) -> tuple[float, ...]:
-    """``count`` depths evenly spread over [0, 1], the ends included."""
-    return (0.5,) if count == 1 else tuple(i / (count - 1) for i in range(count))
+def _reach(distances: Sequence[int], rates: Sequence[float]) -> float:
+    """The last of increasing distances up to which every rate is a success; 0 if the first one is none."""
+    reached = 0
+    for distance, rate in zip(distances, rates, strict=True):
+        if rate < SUCCESS:
+            break
+        reached = distance
+    return float(reached)

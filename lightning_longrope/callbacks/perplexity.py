@@ -10,8 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_longrope import scoring
-from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback
-from lightning_longrope.metrics import bootstrap_interval, bootstrap_ratio_interval, perplexity
+from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback, text_of
+from lightning_longrope.metrics import DocumentSums, bootstrap_interval, bootstrap_ratio_interval, perplexity
 
 
 class PerplexityByLength(MeasuringCallback):
@@ -25,10 +25,10 @@ class PerplexityByLength(MeasuringCallback):
     Logs, as ``{metric}/{length}``:
 
     - ``perplexity``: token-weighted, ``exp(sum of nll / tokens)``;
-    - ``perplexity_window_mean``: mean of the perplexities of the windows, the convention of published tables;
     - ``perplexity_last{last}``: token-weighted over the last tokens of each window, where it predicts that many;
     - ``bits_per_byte``: nll in bits over UTF-8 bytes of the predicted text, comparable between tokenizers.
 
+    All windows predict the same number of tokens, so the mean over windows of published tables is ``perplexity`` too.
     Intervals are 95 % bootstrap intervals over documents.
 
     Args:
@@ -38,6 +38,8 @@ class PerplexityByLength(MeasuringCallback):
         batch_tokens: Tokens of a forward pass; a longer window goes alone.
         last: Size of the window's end that ``perplexity_last{last}`` is about, in tokens.
         seed: Chooses the excerpts.
+        every_n_steps: Optimizer steps between two measurements of a fit; None measures at every validation.
+        every_n_epochs: The same in epochs.
 
     Raises:
         ValueError: If a number is out of range, or in ``setup`` if the split has too few long documents.
@@ -51,8 +53,10 @@ class PerplexityByLength(MeasuringCallback):
         batch_tokens: int = 16384,
         last: int = 128,
         seed: int = 0,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
     ) -> None:
-        super().__init__(lengths, split, batch_tokens, seed)
+        super().__init__(lengths, split, batch_tokens, seed, every_n_steps, every_n_epochs)
         if documents < 1 or last < 1:
             raise ValueError(f"`documents` and `last` must be at least 1, got {documents} and {last}.")
         self.documents = documents
@@ -63,7 +67,7 @@ class PerplexityByLength(MeasuringCallback):
 
     @override
     def prepare(self, datamodule: Any, lengths: Sequence[int]) -> None:
-        self._excerpts = datamodule.excerpts(self.split, self.documents, max(lengths), self.seed)
+        self._excerpts = text_of(datamodule, "excerpts", self.split, self.documents, max(lengths), self.seed)
         self._tokenizer = datamodule.tokenizer
         if min(lengths) <= self._given:
             raise ValueError(f"`lengths` of PerplexityByLength must be above {self._given} tokens, got {min(lengths)}.")
@@ -76,25 +80,23 @@ class PerplexityByLength(MeasuringCallback):
         nll, end = nll.view(windows.shape[:2]), end.view(windows.shape[:2])
         count = torch.full_like(nll, length - self._given)
 
-        def measurement(metric: str, value: float, interval: tuple[float, float]) -> Measurement:
-            return Measurement(metric, length, None, value, *interval, n=len(windows))
-
         def weighted(metric: str, sums: Tensor, tokens: Tensor) -> Measurement:
+            sums, tokens = sums.sum(1), tokens.sum(1)
+            self.sums[metric, length] = DocumentSums(tuple(sums.tolist()), tuple(tokens.tolist()))
             value = perplexity(sums.sum(), tokens.sum()).item()
-            return measurement(metric, value, bootstrap_interval(sums.sum(1), tokens.sum(1), self.seed))
+            return Measurement(metric, length, None, value, *bootstrap_interval(sums, tokens, self.seed), n=len(sums))
 
-        def ratio(metric: str, above: Tensor, below: Tensor) -> Measurement:
-            value = (above.sum() / below.sum()).item()
-            return measurement(metric, value, bootstrap_ratio_interval(above.sum(1), below.sum(1), self.seed))
-
-        results = [
-            weighted("perplexity", nll, count),
-            ratio("perplexity_window_mean", perplexity(nll, count), torch.ones_like(nll)),
-            ratio("bits_per_byte", nll / math.log(2), self._window_bytes(windows)),
-        ]
+        results = [weighted("perplexity", nll, count), self._bits_per_byte(nll, windows)]
         if length - self._given >= self.last:
             results.append(weighted(f"perplexity_last{self.last}", end, torch.full_like(end, self.last)))
         return results
+
+    def _bits_per_byte(self, nll: Tensor, windows: Tensor) -> Measurement:
+        """From the nll of every window in nats, [documents, windows of a document]."""
+        bits, sizes = nll.sum(1) / math.log(2), self._window_bytes(windows).sum(1)
+        value = (bits.sum() / sizes.sum()).item()
+        interval = bootstrap_ratio_interval(bits, sizes, self.seed)
+        return Measurement("bits_per_byte", windows.shape[-1], None, value, *interval, n=len(windows))
 
     @property
     def _given(self) -> int:

@@ -1,7 +1,6 @@
 """Evaluation callbacks under a real trainer, with models whose right numbers are known beforehand."""
 
 import inspect
-import itertools
 import math
 import random
 import statistics
@@ -22,7 +21,17 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.precision import Precision
 from small_tokenizers import byte_level, decode
 
-from lightning_longrope.callbacks import Measurement, MeasuringCallback, PasskeyRetrieval, PerplexityByLength
+from lightning_longrope.callbacks import (
+    DocumentQuestion,
+    KeyValueRetrieval,
+    Measurement,
+    MeasuringCallback,
+    NeedleRetrieval,
+    PasskeyRetrieval,
+    PerplexityByLength,
+    PrefixPerplexity,
+    SlidingPerplexity,
+)
 from lightning_longrope.retrieval import PasskeyPrompts
 
 FRAGMENTS = Path(__file__).parents[2] / "callbacks"
@@ -41,7 +50,10 @@ def test_a_repeater_finds_exactly_the_keys_it_can_reach(tmp_path, filler):
     trainer = trainer_with(tmp_path, callback)
     trainer.validate(Module(Repeater(reach=215)), datamodule=Data(), verbose=False)
     found = by_name(callback.results)
+    distances = PasskeyPrompts(Data().tokenizer, filler, Data().filler("")).prompt
     assert {cell: m.value for cell, m in found.items()} == {
+        ("passkey_k_max", 220, None): distances(220, 0.0, 0).distance,  # every distance
+        ("passkey_k_max", 600, None): distances(600, 1.0, 0).distance,  # the shortest alone
         ("passkey", 220, 0.0): 1.0,
         ("passkey", 220, 0.5): 1.0,
         ("passkey", 220, 1.0): 1.0,
@@ -92,7 +104,7 @@ def test_too_short_a_length_fails_before_training(tmp_path):
     assert module.model.seen == []
     short = PasskeyRetrieval((80,), trials=1, filler="text")  # has no preamble
     trainer_with(tmp_path, short).validate(Module(Repeater(reach=80)), datamodule=Data(), verbose=False)
-    assert short.results[-1].value == 1
+    assert short.results[-2].value == 1
 
 
 # Perplexity
@@ -135,7 +147,6 @@ def test_perplexity_of_every_length_agrees_with_plain_python(tmp_path, bos):
         tokens = [data.tokenizer.convert_ids_to_tokens(window[1 + bos :]) for window in windows]
         expected = {
             "perplexity": math.exp(statistics.fmean(flat)),
-            "perplexity_window_mean": statistics.fmean(math.exp(statistics.fmean(window)) for window in losses),
             "bits_per_byte": sum(flat) / math.log(2) / sum(len(token) for window in tokens for token in window),
         }
         if len(losses[0]) >= 14:
@@ -186,18 +197,29 @@ def test_an_impossible_token_does_not_make_perplexity_infinite(tmp_path):
     assert "perplexity_last20" not in {m.metric for m in callback.results}
 
 
-# What both share
+# What all share
 
 
-def both(**changes):
-    passkey = PasskeyRetrieval((230,), depths=2, trials=3, **changes)
-    return passkey, PerplexityByLength((16, 32), documents=3, **changes)
+KINDS = {
+    "passkey": lambda **changes: PasskeyRetrieval((230,), depths=2, trials=3, **changes),
+    "perplexity": lambda **changes: PerplexityByLength((16, 32), documents=3, **changes),
+    "sliding": lambda **changes: SlidingPerplexity((16, 32), stride=5, documents=3, **changes),
+    "prefix": lambda **changes: PrefixPerplexity((16, 32), documents=3, **changes),
+    "key_value": lambda **changes: KeyValueRetrieval((230,), depths=2, trials=3, **changes),
+    "needle": lambda **changes: NeedleRetrieval((230,), depths=2, trials=3, **changes),
+    "document": lambda **changes: DocumentQuestion((230,), trials=3, **changes),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def every(**changes):
+    return [make(**changes) for make in KINDS.values()]
 
 
 def test_checkpoints_can_monitor_what_was_measured(tmp_path):
     by_passkey = ModelCheckpoint(tmp_path / "a", monitor="passkey/230", mode="max")
     by_perplexity = ModelCheckpoint(tmp_path / "b", monitor="perplexity/16")
-    trainer = trainer_with(tmp_path, by_passkey, by_perplexity, *both())
+    trainer = trainer_with(tmp_path, by_passkey, by_perplexity, *every())
     trainer.fit(Module(Repeater(reach=1000)), datamodule=Data())
     assert by_passkey.best_model_score == 1
     assert by_perplexity.best_model_score == pytest.approx(trainer.callback_metrics["perplexity/16"].item())
@@ -213,21 +235,24 @@ def test_the_sanity_check_measures_nothing_and_every_validation_does(tmp_path):
         def on_validation_end(self, trainer, pl_module):
             self.forwards.append(len(pl_module.model.seen))
 
-    trainer = trainer_with(tmp_path, *both(), notes := Notes(), num_sanity_val_steps=1)
+    trainer = trainer_with(
+        tmp_path, KINDS["passkey"](), KINDS["perplexity"](), notes := Notes(), num_sanity_val_steps=1
+    )
     trainer.fit(Module(Repeater(reach=10)), datamodule=Data())
     assert notes.forwards == [0, 0, 3, 6]  # sanity validation, its end, then one pass a length and validation
     trainer.test(Module(Repeater(reach=10)), datamodule=Data(), verbose=False)
     assert trainer.callback_metrics["passkey/230"] == 0
 
 
-def test_training_is_bit_for_bit_the_same_with_and_without(tmp_path):
+@pytest.mark.parametrize("when", [{}, {"every_n_steps": 3}, {"every_n_epochs": 1}])
+def test_training_is_bit_for_bit_the_same_with_and_without(tmp_path, when):
     def train(*callbacks):
         module = Module(tiny_llama(seed=1, vocab_size=VOCABULARY, attention_dropout=0.3).train())
         torch.manual_seed(5)
         trainer_with(tmp_path, *callbacks, val_check_interval=2).fit(module, datamodule=Data())
         return module.model.state_dict(), torch.get_rng_state(), random.getstate()
 
-    measuring = both()
+    measuring = every(**when)
     (weights, torch_state, state), (plain, plain_torch_state, plain_state) = train(*measuring), train()
     assert all(callback.results for callback in measuring)
     assert weights.keys() == plain.keys()
@@ -244,9 +269,9 @@ def attached(tmp_path, callback, module, **kwargs):
     return trainer
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_measuring_by_hand_leaves_no_trace(tmp_path, index):
-    callback, module = both()[index], Module(Repeater(reach=10))
+@every_kind
+def test_measuring_by_hand_leaves_no_trace(tmp_path, kind):
+    callback, module = KINDS[kind](), Module(Repeater(reach=10))
     trainer = attached(tmp_path, callback, module)
     module.train()
     module.model.part.eval()  # a part that was frozen stays frozen
@@ -281,7 +306,7 @@ def test_a_subclass_measures_without_gradients_and_logs_its_means(tmp_path):
 
 
 def test_modes_come_back_when_a_measurement_fails(tmp_path):
-    callback, module = both()[0], Module(Repeater(reach=10))
+    callback, module = KINDS["passkey"](), Module(Repeater(reach=10))
     trainer = attached(tmp_path, callback, module)
     module.train()
     module.model.logits = lambda row: 1 / 0
@@ -291,26 +316,27 @@ def test_modes_come_back_when_a_measurement_fails(tmp_path):
     assert module.model.part.training
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@every_kind
 @pytest.mark.parametrize(("precision", "autocast"), [("bf16-mixed", True), ("32-true", False)])
-def test_runs_in_the_precision_of_the_validation_steps(tmp_path, index, precision, autocast):
-    callback, module = both()[index], Module(Repeater(reach=10))
+def test_runs_in_the_precision_of_the_validation_steps(tmp_path, kind, precision, autocast):
+    callback, module = KINDS[kind](), Module(Repeater(reach=10))
     trainer_with(tmp_path, callback, precision=precision).validate(module, datamodule=Data(), verbose=False)
     assert {seen.autocast for seen in module.model.seen} == {autocast}
 
 
-def test_installs_for_each_length_before_it_is_measured(tmp_path):
-    callback, module = both()[1], Module(Positional())
+def test_installs_for_each_length_before_it_is_measured(tmp_path, monkeypatch):
+    callback, module = KINDS["perplexity"](), Module(Positional())
     trainer = attached(tmp_path, callback, module)
 
-    def install(length):
-        module.model.seen.append(SimpleNamespace(shape=("install", length)))
-        module.model.table = module.model.table * 0 if length == 32 else module.model.table
+    def install(model, table):
+        model.seen.append(SimpleNamespace(shape=("install", table)))
+        model.table = model.table * 0 if table == "flat" else model.table
 
-    found = by_name(callback.measure(trainer, module, install))
+    monkeypatch.setattr("lightning_longrope.callbacks.measurement.install_factors", install)
+    found = by_name(callback.measure(trainer, module, {16: "as it is", 32: "flat"}.get))
     kinds = [seen.shape[0] == "install" for seen in module.model.seen]
     assert kinds == [True, False, True, False]
-    assert [seen.shape[1] for seen in module.model.seen] == [16, 16, 32, 32]
+    assert [seen.shape[1] for seen in module.model.seen] == ["as it is", 16, "flat", 32]
     assert found["perplexity", 32, None].value == pytest.approx(VOCABULARY, rel=1e-5)
     assert found["perplexity", 16, None].value != pytest.approx(VOCABULARY, rel=1e-2)
     assert callback.results == list(found.values())
@@ -356,30 +382,29 @@ class Ranks:
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
-@pytest.mark.parametrize("index", [0, 1])
-def test_any_number_of_ranks_gives_the_same_and_runs_the_same_number_of_passes(world, index):
+@every_kind
+def test_any_number_of_ranks_gives_the_same_and_runs_the_same_number_of_passes(world, kind):
     def make():
-        return both(batch_tokens=460 if index == 0 else 32)[index]
+        return KINDS[kind](batch_tokens=460 if KINDS[kind]().lengths == (230,) else 32)
 
     data = Data()
     [(alone,), (passes,)] = Ranks(1, data).run(make, lambda: Repeater(reach=200))
     results, shapes = Ranks(world, data).run(make, lambda: Repeater(reach=200))
     assert results == [alone] * world
-    assert shapes == [shapes[0]] * world
-    a_length = [len(list(group)) for _, group in itertools.groupby(passes)]
-    assert a_length == ([3] if index == 0 else [3, 3])  # so 2 and 7 ranks have to pad
-    assert len(shapes[0]) == sum(math.ceil(count / world) for count in a_length)
+    a_length = {"document": [2], "perplexity": [3, 3], "sliding": [9, 3]}.get(kind, [3])  # so 2 and 7 ranks have to pad
+    assert len(passes) == sum(a_length)
+    assert [len(shape) for shape in shapes] == [sum(math.ceil(count / world) for count in a_length)] * world
 
 
 @pytest.mark.distributed
 def test_two_processes_measure_what_one_does(tmp_path):
     def metrics(**kwargs):
-        trainer = trainer_with(tmp_path, *both(batch_tokens=460), **kwargs)
+        trainer = trainer_with(tmp_path, *every(batch_tokens=460), **kwargs)
         return trainer.validate(Module(Repeater(reach=200)), datamodule=Data(), verbose=False)[0]
 
     two = metrics(devices=2, strategy="ddp_fork", use_distributed_sampler=False)
     assert two == metrics()
-    assert len(two) == 2 * 3 + 1
+    assert len(two) == 2 * 2 + 2 * 2 + 2 * 1 + 2 + 3
 
 
 def test_the_default_length_is_that_of_the_data(tmp_path):

@@ -14,7 +14,7 @@ import lightning_longrope
 PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
-    | {"mixing", "redaction", "objectives", "tokenizing"},
+    | {"mixing", "windows", "redaction", "objectives", "tokenizing"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"reporting", "isolation"},
     {"module", "datamodules", "callbacks", "tracking"},

@@ -11,11 +11,13 @@ from lightning.pytorch import LightningModule
 
 from lightning_longrope.metrics import (
     BitsPerByte,
+    DocumentSums,
     Perplexity,
     RetrievalAccuracy,
     WindowMeanPerplexity,
     bootstrap_interval,
     bootstrap_ratio_interval,
+    paired_ratio,
 )
 
 NLL = [[2.0, 0.5, 7.25], [1.0], [0.125, 3.0]]  # windows of different sizes: a mean of means must show
@@ -35,7 +37,7 @@ def test_window_mean_weighs_windows():
     sums, tokens = torch.tensor([sum(w) for w in NLL]), torch.tensor([len(w) for w in NLL])
     metric.update(sums[:1], tokens[:1])
     metric.update(sums[1:], tokens[1:])
-    expected = statistics.mean(math.exp(sum(window) / len(window)) for window in NLL)
+    expected = math.exp(statistics.mean(sum(window) / len(window) for window in NLL))
     assert metric.compute().item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -145,3 +147,31 @@ def test_bootstrap_of_one_document_and_of_an_infinite_one():
 def test_bootstrap_refuses_what_are_not_two_equal_rows(sums, counts):
     with pytest.raises(ValueError, match="two equally long rows"):
         bootstrap_interval(sums, counts)
+
+
+def test_a_paired_ratio_knows_what_both_have_in_common():
+    """Documents differ much from each other and the two models little: only a paired interval shows the difference."""
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(50, 150, 40)
+    common = rng.normal(3, 1, 40)  # how hard a document is
+    theirs = DocumentSums(tuple(common * tokens), tuple(tokens))
+    ours = DocumentSums(tuple((common - 0.1 + rng.normal(0, 0.02, 40)) * tokens), tuple(tokens))
+    ratio, low, high = paired_ratio(ours, theirs)
+    expected = [math.exp(sum(sums.nll) / sum(tokens)) for sums in (ours, theirs)]
+    assert ratio == pytest.approx(expected[0] / expected[1], rel=1e-12)
+    assert low < math.exp(-0.1) < high
+    assert high - low < 0.03
+    alone = [bootstrap_interval(sums.nll, sums.weight) for sums in (ours, theirs)]
+    assert alone[0][1] / alone[1][0] - alone[0][0] / alone[1][1] > 0.5
+    # the same draw for both: by hand
+    draws = np.random.default_rng(0).integers(40, size=(1000, 40))
+    means = [(np.array(sums.nll)[draws].sum(1) / tokens[draws].sum(1)) for sums in (ours, theirs)]
+    by_hand = np.quantile(np.exp(means[0] - means[1]), [0.025, 0.975], method="inverted_cdf")
+    assert [low, high] == pytest.approx(by_hand.tolist(), rel=1e-12)
+
+
+def test_a_paired_ratio_of_other_documents_is_refused():
+    ours = DocumentSums((1.0, 2.0), (3, 4))
+    for theirs in (DocumentSums((1.0,), (3,)), DocumentSums((1.0, 2.0), (4, 3))):
+        with pytest.raises(ValueError, match="the same documents twice"):
+            paired_ratio(ours, theirs)

@@ -1,0 +1,53 @@
+"""What a comparison keeps of each method, and what it makes of two."""
+
+import csv
+import math
+
+import pytest
+
+from lightning_longrope.callbacks.comparison import MethodResults, paired_rows, write_results
+from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean
+
+
+def results(nll, *, value=2.0):
+    sums = {("perplexity", 64): DocumentSums(tuple(nll), (10.0, 10.0, 20.0))}
+    rows = [
+        Measurement("perplexity", 64, None, value, 1.0, math.inf, 3),
+        Measurement("passkey", 64, 0.5, 1.0, 0.5, 1.0, 4),
+    ]
+    return MethodResults(rows, [PositionMean(64, 2, 10, 1.5, 1.0, 2.0, 3)], sums)
+
+
+def test_results_come_back_as_they_were_saved(tmp_path):
+    found = results([30.0, 20.0, 50.0])
+    found.save(tmp_path / "yarn.json")
+    assert MethodResults.load(tmp_path / "yarn.json") == found
+
+
+def test_a_method_is_held_against_yarn_and_the_best_baseline():
+    baselines = {"none": results([90, 90, 90]), "ntk": results([10, 20, 30]), "yarn": results([30, 20, 50])}
+    rows = paired_rows(results([28.0, 19.0, 46.0]), baselines)
+    assert [(row.metric, row.length, row.depth, row.n) for row in rows] == [
+        ("perplexity_over_ntk", 64, None, 3),
+        ("perplexity_over_yarn", 64, None, 3),
+    ]
+    assert [row.value for row in rows] == pytest.approx([math.exp(33 / 40), math.exp(-7 / 40)])
+    assert all(row.low <= row.value <= row.high for row in rows)
+    baselines["ntk"].sums[("perplexity", 64)] = DocumentSums((1.0,), (40.0,))  # measured on other documents
+    assert [row.metric for row in paired_rows(results([28.0, 19.0, 46.0]), baselines)] == ["perplexity_over_yarn"]
+
+
+def test_tables_of_a_comparison(tmp_path):
+    write_results(tmp_path, {"yarn": results([30.0, 20.0, 50.0]), "searched": results([28.0, 19.0, 46.0])})
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["method", "metric", "length", "depth", "value", "low", "high", "n"]
+    assert [(row["method"], row["metric"], row["depth"]) for row in rows] == [
+        ("yarn", "perplexity", ""),
+        ("yarn", "passkey", "0.5"),
+        ("searched", "perplexity", ""),
+        ("searched", "passkey", "0.5"),
+        ("searched", "perplexity_over_yarn", ""),
+    ]
+    positions = list(csv.DictReader((tmp_path / "positions.csv").read_text().splitlines()))
+    assert list(positions[0]) == ["method", "length", "start", "end", "nll", "low", "high", "n"]
+    assert [row["method"] for row in positions] == ["yarn", "searched"]
