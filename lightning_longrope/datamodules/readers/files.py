@@ -1,7 +1,6 @@
 """Documents out of files: JSON lines and JSON (plain, gzip, Zstandard), Parquet and plain text."""
 
 import glob
-import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -260,10 +259,16 @@ def _plain(file: Path, meter: Meter) -> Iterator[bytes]:
 
 
 def _gzip(file: Path, meter: Meter) -> Iterator[bytes]:
-    with file.open("rb") as packed, gzip.open(packed) as stream:
-        while chunk := stream.read(CHUNK):
-            meter.bytes = packed.tell()
-            yield chunk
+    """Unlike ``gzip.open`` this gives all there is of a file that is cut off, before it is an error."""
+    member = None
+    for chunk in _plain(file, meter):
+        while chunk:
+            member = member or zlib.decompressobj(wbits=31)
+            yield member.decompress(chunk)
+            chunk = member.unused_data.lstrip(b"\0") if member.eof else b""
+            member = None if member.eof else member
+    if member is not None:
+        raise EOFError("it ends before its end mark")
 
 
 def _zstd(file: Path, meter: Meter) -> Iterator[bytes]:
