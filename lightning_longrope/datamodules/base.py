@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_longrope.datamodules.agreement import check_tokenizer, check_vocabulary
 from lightning_longrope.datamodules.loader import ExtraRows, ResumableLoader, RowDataset, RowSampler, collate
 from lightning_longrope.datamodules.readers import Document
 from lightning_longrope.datamodules.store_writing import FORMAT, write_store
@@ -97,6 +98,7 @@ class TokenDataModule(LightningDataModule):
         self.short_share = short_share
         self._tokenizer: Any = tokenizer
         self._splits: dict[str, Documents] | None = None
+        self._largest_token = -1
 
     def corpora(self) -> list[Corpus]:
         """The text, one token store each."""
@@ -258,6 +260,7 @@ class TokenDataModule(LightningDataModule):
         return factors.original_length if factors else rope_geometry(model.config).original_length
 
     def _loader(self, dataset: RowDataset, training: bool) -> ResumableLoader:
+        check_vocabulary(self._largest_token, getattr(self._module, "model", None))
         sharding = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         return ResumableLoader(
             dataset,
@@ -269,7 +272,17 @@ class TokenDataModule(LightningDataModule):
         )
 
     def _stores(self) -> dict[str, TokenStore]:
-        return {corpus.name: self._store(corpus) for corpus in self.corpora()}
+        check_tokenizer(self.tokenizer, getattr(self._module, "name_or_path", None))
+        stores = {corpus.name: self._store(corpus) for corpus in self.corpora()}
+        marks = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        used = [store.manifest["largest_token"] for store in stores.values()]
+        self._largest_token = max([-1, *used, *(mark for mark in marks if mark is not None)])
+        return stores
+
+    @property
+    def _module(self) -> Any:
+        """The module being trained, if there is one."""
+        return getattr(self.trainer, "lightning_module", None)
 
     def _store(self, corpus: Corpus) -> TokenStore:
         if self.cache_dir is None:
