@@ -106,6 +106,7 @@ class Objective:
         for index, text in enumerate(texts):
             depth = low + (index + 0.5) / len(texts) * (high - low)
             prompt = PasskeyPrompts(tokenizer, filler="text", text=text, seed=seed).prompt(length, depth, index)
+            assert prompt.filler is not None, "prompts filled with text know which of their tokens it is"
             rows.append(SearchDocument(prompt.tokens, prompt.answer, prompt.filler & late))
         return rows
 
