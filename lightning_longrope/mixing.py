@@ -38,6 +38,7 @@ class SourceShare:
     Attributes:
         name: The source.
         documents: Documents it has.
+        long_documents: How many of these are long.
         tokens: Tokens of all its documents.
         share: Share of an epoch's tokens that are its own, in [0, 1].
         short_repeats: How often an epoch reads one of its short documents, on average.
@@ -46,6 +47,7 @@ class SourceShare:
 
     name: str
     documents: int
+    long_documents: int
     tokens: int
     share: float
     short_repeats: float
@@ -119,7 +121,7 @@ class Mixture:
         rows = zip(self.names, self._documents, self._tokens, self._shares, self._repeats, strict=True)
         return [
             SourceShare(
-                name, int(documents.sum()), int(tokens.sum()), float(share), float(repeats[0]), float(repeats[1])
+                name, int(documents.sum()), int(documents[1]), int(tokens.sum()), float(share), *map(float, repeats)
             )
             for name, documents, tokens, share, repeats in rows
             if documents.sum()

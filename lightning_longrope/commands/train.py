@@ -6,27 +6,31 @@ import yaml
 
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands.parsing import Parser
-from lightning_longrope.recipes import read_stage
+from lightning_longrope.recipes import Stage, read_stage
 
 
 def trainer(command: str, arguments: list[str]) -> None:
     """``fit``, ``validate``, ``test``, ``search`` and ``compare``: LightningCLI, which also takes a stage file."""
+    words, stage, out = staged_words(arguments)
+    if stage is not None and stage.command != command:
+        raise ValueError(
+            f"{stage.name}.yaml is a configuration of `longrope {stage.command}`, not of `longrope {command}`."
+        )
+    folder = out if stage is None else stage.folder
+    LongRoPECLI([command, *words, *(["--trainer.default_root_dir", str(folder)] if folder else [])])
+
+
+def staged_words(arguments: list[str]) -> tuple[list[str], Stage | None, Path | None]:
+    """Words for LightningCLI, with the content of a stage file in its place; that stage; and what ``--out`` says."""
     parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path)
     given, words = parser.parse_known_args(arguments)
-    out, config = given.out, None
+    stage = None
     for index, word in enumerate(words[:-1]):
         if word in ("-c", "--config") and _is_stage(path := Path(words[index + 1])):
-            stage = read_stage(path, Path(out or Path("runs") / path.parent.name))
-            if stage.command != command:
-                raise ValueError(f"{path} is a configuration of `longrope {stage.command}`, not of `{command}`.")
-            config = stage
+            stage = read_stage(path, given.out or Path("runs") / path.parent.name)
             words[index + 1] = yaml.safe_dump(stage.config)
-    if config is not None:
-        words += ["--trainer.default_root_dir", str(config.folder)]
-    elif out is not None:
-        words += ["--trainer.default_root_dir", out]
-    LongRoPECLI([command, *words])
+    return words, stage, given.out
 
 
 def _is_stage(path: Path) -> bool:

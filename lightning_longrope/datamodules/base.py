@@ -18,7 +18,9 @@ from lightning_longrope.datamodules.loader import ExtraRows, ResumableLoader, Ro
 from lightning_longrope.datamodules.readers import Document
 from lightning_longrope.datamodules.store_writing import FORMAT, write_store
 from lightning_longrope.datamodules.token_store import TokenStore
-from lightning_longrope.packing import Documents, Order, Policy, Rows, excerpts, make_rows
+from lightning_longrope.mixing import Mixture
+from lightning_longrope.packing import Documents, Policy, Rows, excerpts, longest_text, make_rows
+from lightning_longrope.summary import SplitSummary, summarise
 from lightning_longrope.tokenizing import tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class TokenDataModule(LightningDataModule):
         self._tokenizer: Any = tokenizer
         self._splits: dict[str, Documents] | None = None
         self._largest_token = -1
+        self._too_short: dict[str, str] = {}
 
     def corpora(self) -> list[Corpus]:
         """The text, one token store each."""
@@ -159,10 +162,12 @@ class TokenDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self._splits is not None:
             return
-        splits = self.split(self._stores())
-        self._splits = {name: documents.at_least(self.min_document_length) for name, documents in splits.items()}
+        found = self.split(self._stores())
+        self._splits = {name: documents.at_least(self.min_document_length) for name, documents in found.items()}
         for name, documents in self._splits.items():
             log.info("%s: %d documents, %d tokens", name, len(documents), documents.total)
+            if not len(documents) and len(found[name]):
+                self._too_short[name] = longest_text(found[name].lengths, self.min_document_length)
 
     def documents(self, split: str) -> Documents:
         """The tokenised documents of a split that are long enough.
@@ -177,9 +182,10 @@ class TokenDataModule(LightningDataModule):
         if split not in self._splits:
             raise ValueError(f"{type(self).__name__} was given no text for the {split} split.")
         if not len(self._splits[split]):
+            lengths = self._too_short.get(split, "it is empty")
             raise ValueError(
-                f"The {split} split holds no document of at least `min_document_length`"
-                f" {self.min_document_length} tokens: give more text or a smaller bound."
+                f"The {split} split holds no document of at least `min_document_length` {self.min_document_length}"
+                f" tokens: {lengths}. Give more text or a smaller bound."
             )
         return self._splits[split]
 
@@ -206,16 +212,32 @@ class TokenDataModule(LightningDataModule):
         """Makes training rows of another kind, and their share of all; none by default."""
         return None, 0.0
 
-    def document_order(self) -> tuple[Order, int] | None:
-        """Training documents of an epoch, if not all of them once, and the least number of tokens any epoch's hold."""
+    def mixture(self) -> Mixture | None:
+        """Which training documents an epoch reads, if not all of them once."""
         return None
+
+    def rows(self, split: str) -> Rows[Any]:
+        """The rows of a split. Of validation and test they are in their order, and of ``mixed`` the long ones alone."""
+        if split != "train":
+            return self._rows(split, "concat" if self.packing == "mixed" else self.packing, shuffle=False)
+        mixture, (_, share) = self.mixture(), self.extra_rows()
+        order = {} if mixture is None else {"order": mixture.order, "order_tokens": mixture.least_tokens}
+        return self._rows("train", self.packing, extra_share=share, **order)
+
+    def summaries(self) -> list[SplitSummary]:
+        """What every split holds and yields."""
+        self.setup()
+        assert self._splits is not None
+        mixtures = {"train": self.mixture()}
+        return [
+            summarise(split, self.documents(split), self.rows(split), mixtures.get(split))
+            for split in SPLITS
+            if split in self._splits
+        ]
 
     @override
     def train_dataloader(self) -> ResumableLoader:
-        make, share = self.extra_rows()
-        order, tokens = self.document_order() or (None, None)
-        rows = self._rows("train", self.packing, extra_share=share, order=order, order_tokens=tokens)
-        return self._loader(RowDataset(rows, make), training=True)
+        return self._loader(RowDataset(self.rows("train"), self.extra_rows()[0]), training=True)
 
     @override
     def val_dataloader(self) -> ResumableLoader | list[Any]:
@@ -226,13 +248,9 @@ class TokenDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: str) -> ResumableLoader | list[Any]:
-        """Rows in their order; of policy ``mixed`` the long ones alone, made of all documents."""
         self.setup()
         assert self._splits is not None
-        if split not in self._splits:
-            return []
-        policy: Policy = "concat" if self.packing == "mixed" else self.packing
-        return self._loader(RowDataset(self._rows(split, policy, shuffle=False)), training=False)
+        return self._loader(RowDataset(self.rows(split)), training=False) if split in self._splits else []
 
     def _rows(self, split: str, policy: Policy, **options: Any) -> Rows[Any]:
         if policy == "mixed":

@@ -51,13 +51,7 @@ class RowDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, place = key if isinstance(key, tuple) else (0, key)
-        number = self.rows.number(epoch, max(0, place))
-        weights = torch.ones(self.rows.seq_len)
-        if self.extra is not None and number >= self.rows.text_rows:
-            tokens, weights = self.extra(random.Random(f"{self.rows.seed}/{epoch}/{number - self.rows.text_rows}"))
-            row = self._extra_row(tokens.numpy())
-        else:
-            row = self.rows.row(epoch, number)
+        row, weights = self.row(epoch, max(0, place))
         labels = row.labels if place != FILLING else np.full_like(row.labels, IGNORED)
         item = {"input_ids": torch.from_numpy(row.tokens), "labels": torch.from_numpy(labels)}
         if self.extra is not None:
@@ -65,6 +59,14 @@ class RowDataset(Dataset[dict[str, Any]]):
         if row.isolated:
             item["bounds"] = torch.from_numpy(row.bounds)
         return {**item, "original_rope": row.short} if self.rows.policy == "mixed" else item
+
+    def row(self, epoch: int, place: int) -> tuple[Row, Tensor]:
+        """The row at a place of an epoch and the weight of predicting each of its tokens, [S] float32."""
+        number = self.rows.number(epoch, place)
+        if self.extra is None or number < self.rows.text_rows:
+            return self.rows.row(epoch, number), torch.ones(self.rows.seq_len)
+        tokens, weights = self.extra(random.Random(f"{self.rows.seed}/{epoch}/{number - self.rows.text_rows}"))
+        return self._extra_row(tokens.numpy()), weights
 
     def _extra_row(self, tokens: Any) -> Row:
         labels = bookended_labels(tokens, self.rows.bos, self.rows.eos)

@@ -1,29 +1,47 @@
-"""Text files of one's own, tokenised once and packed into rows of exactly the window."""
+"""Text of one's own, from files or the hub, tokenised once and packed into rows of exactly the window."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
 from lightning_longrope.datamodules.base import SPLITS, Corpus, TokenDataModule, digest
-from lightning_longrope.datamodules.readers import OnError, expand, read_documents
+from lightning_longrope.datamodules.readers import Document, OnError, SourceOf, expand, read_documents
 from lightning_longrope.datamodules.token_store import TokenStore
+from lightning_longrope.mixing import Mixture
 from lightning_longrope.packing import Documents, Policy, epoch_permutation
+
+SHARED = "files"
+"""Name of the text that is split by shares."""
 
 
 class PackedTextDataModule(TokenDataModule):
-    """Documents from JSON lines (``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst``), Parquet and text files.
+    """Documents from files (JSON lines, Parquet, text) or a hub data set, of one source or of many.
 
-    Either each split has files of its own, or one list of ``files`` is split by whole documents.
+    Either each split has text of its own (``train_files``, ``val_files``, ``test_files``; ``hub`` with ``hub_splits``),
+    or one text (``files``; ``hub``) is split by whole documents with ``val_share`` and ``test_share``.
+
+    The text is tokenised once, into ``cache_dir``: about 2 bytes a token (4 for vocabularies above 65,536), so a
+    terabyte of English takes some 500 GB. ``longrope tokenize -c CONFIG`` does it ahead of time, with many processes.
+    Another ``seq_len``, ``packing``, ``min_document_length``, split, weight or seed needs no second tokenising; other
+    files, ``subsets`` or another tokenizer do. ``longrope data -c CONFIG`` shows what came of it.
+
+    Where ``source_field`` tells the sources apart, ``subsets`` chooses some of them and ``weights`` says how much of
+    the training each is. Weights are shares of the tokens, whatever the sources hold: a small source is repeated, a
+    large one is read in part, another part every epoch. ``long_length`` and ``long_weight`` make long documents more
+    frequent within every source and leave the sources' shares as they are. Validation and test read every document
+    once.
 
     Args:
         train_files: Files, folders or globs of the training split.
         val_files: The same of the validation split.
         test_files: The same of the test split.
         files: Instead of those three: files of all documents.
-        val_share: Share of the documents of ``files`` in the validation split.
+        val_share: Share of the documents of ``files`` or ``hub`` in the validation split.
         test_share: The same in the test split.
-        tokenizer: Hugging Face name or folder.
+        tokenizer: Hugging Face name or folder; by default that of the model.
         seq_len: Tokens of a row, BOS and EOS included.
         batch_size: Rows of a batch on one device.
         text_field: Field of a JSON line or column of a Parquet file that holds the text.
@@ -36,6 +54,15 @@ class PackedTextDataModule(TokenDataModule):
         isolate_documents: Whether the documents of a ``concat`` row do not see each other.
         short_seq_len: Longest document, or piece, of a short row of ``mixed``; the model's original window if None.
         short_share: Share of the text in short rows of ``mixed``.
+        source_field: Where the name of a record's source is: a dotted path such as ``meta.pile_set_name``, or
+            ``@folder`` or ``@file`` for the name of the folder or of the file (without its endings) that it is in.
+        subsets: Sources to read; the others are passed over and not tokenised.
+        weights: Share of the training tokens by source, in numbers that need not sum to 1; 0 leaves a source out.
+        long_length: Tokens from which a document is long.
+        long_weight: How many times more often a long document is read than a short one of its source.
+        hub: Instead of files: hub name of a data set, or ``name:configuration``.
+        hub_splits: Its split for ``train``, ``validation`` and ``test``; ``{train: train}`` if None.
+        streaming: Read the hub's data while it is downloaded, keeping only the tokens, instead of downloading it first.
 
     Raises:
         ValueError: If the files or shares do not say what each split is, or a number is too small.
@@ -62,38 +89,53 @@ class PackedTextDataModule(TokenDataModule):
         isolate_documents: bool = False,
         short_seq_len: int | None = None,
         short_share: float = 0.5,
+        source_field: str | None = None,
+        subsets: list[str] | None = None,
+        weights: dict[str, float] | None = None,
+        long_length: int | None = None,
+        long_weight: float = 1.0,
+        hub: str | None = None,
+        hub_splits: dict[str, str] | None = None,
+        streaming: bool = True,
     ) -> None:
         base = (seq_len, batch_size, tokenizer, min_document_length, seed, num_workers, cache_dir)
         super().__init__(*base, packing, isolate_documents, short_seq_len, short_share)
         own = dict(zip(SPLITS, (train_files, val_files, test_files), strict=True))
-        if bool(files) == any(own.values()):
-            raise ValueError(
-                "Give either `files` (with `val_share` and `test_share`) or `train_files`, `val_files` and"
-                f" `test_files`, got {'both' if files else 'neither'}."
-            )
-        if min(val_share, test_share) < 0 or val_share + test_share >= 1:
-            raise ValueError(
-                "`val_share` and `test_share` must be at least 0 and together below 1,"
-                f" got {val_share} and {test_share}."
-            )
-        if not files and (val_share or test_share):
-            raise ValueError("`val_share` and `test_share` split `files`; with files for each split leave them at 0.")
-        self.files = {"files": files} if files else {split: paths for split, paths in own.items() if paths}
         self.shares = {"validation": val_share, "test": test_share}
+        self.origins = _origins(
+            {split: paths for split, paths in own.items() if paths}, files, hub, hub_splits, self.shares
+        )
         self.text_field = text_field
         self.on_error: OnError = on_error
+        self.source_field = source_field
+        self.subsets = subsets
+        self.weights = weights
+        self.long_length, self.long_weight = long_length, long_weight
+        self.streaming = streaming
+        self._check_mixing()
+
+    def source_of(self) -> str | SourceOf | None:
+        """Where the name of a record's source is: a dotted path or a function of the record and its file."""
+        return {"@folder": _folder, "@file": _file}.get(self.source_field or "", self.source_field)
+
+    def pick(self, files: list[Path]) -> list[Path]:
+        """Those of the files that hold documents of the chosen subsets; all, where only the records can tell."""
+        return files
 
     @override
     def corpora(self) -> list[Corpus]:
-        expanded = {name: expand(paths or []) for name, paths in self.files.items()}
-        self._check_disjoint(expanded)
-        return [self._corpus(name, files) for name, files in expanded.items()]
+        files = {name: self._files(paths) for name, paths in self.origins.items() if isinstance(paths, list)}
+        _check_disjoint(files)
+        return [
+            self._hub_corpus(name, *origin) if isinstance(origin, tuple) else self._file_corpus(name, files[name])
+            for name, origin in self.origins.items()
+        ]
 
     @override
     def split(self, stores: dict[str, TokenStore]) -> dict[str, Documents]:
-        if "files" not in stores:
+        if SHARED not in stores:
             return super().split(stores)
-        documents = stores["files"].documents
+        documents = stores[SHARED].documents
         order = epoch_permutation(len(documents), seed=self.seed, epoch=0, stream=2)
         splits, first = {}, 0
         for name, share in self.shares.items():
@@ -102,16 +144,110 @@ class PackedTextDataModule(TokenDataModule):
                 splits[name], first = documents.select(np.sort(order[first:last])), last
         return {"train": documents.select(np.sort(order[first:])), **splits}
 
-    def _corpus(self, name: str, files: list[Path]) -> Corpus:
-        states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        fingerprint = digest(states, self.text_field, self.on_error)
-        return Corpus(name, fingerprint, lambda: read_documents(files, self.text_field, self.on_error))
+    @override
+    def mixture(self) -> Mixture | None:
+        if self.weights is None and self.long_length is None:
+            return None
+        documents = self.documents("train")
+        assert documents.sources is not None, "a token store knows its sources"
+        long = (self.long_length, self.long_weight)
+        return Mixture(
+            documents.lengths, documents.sources, documents.source_names, self.weights, *long, seed=self.seed
+        )
 
-    @staticmethod
-    def _check_disjoint(files: dict[str, list[Path]]) -> None:
-        """Raises ValueError if a file is in two splits."""
-        owners: dict[Path, str] = {}
-        for split, paths in files.items():
-            for path in paths:
-                if owners.setdefault(path, split) != split:
-                    raise ValueError(f"{path} is in the {owners[path]} split and in the {split} split: choose one.")
+    def _files(self, paths: list[str]) -> list[Path]:
+        found = expand(paths)
+        if not (picked := self.pick(found)):
+            raise ValueError(
+                f"None of the {len(found)} files at {', '.join(paths)} holds `subsets` {', '.join(self.subsets or ())}."
+            )
+        return picked
+
+    def _file_corpus(self, name: str, files: list[Path]) -> Corpus:
+        states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return Corpus(name, self._fingerprint(states), lambda: self._read(files))
+
+    def _hub_corpus(self, name: str, data_set: str, split: str) -> Corpus:
+        return Corpus(name, self._fingerprint([data_set, split]), lambda: self._read_hub(data_set, split))
+
+    def _fingerprint(self, origin: Any) -> str:
+        return digest(origin, self.text_field, self.on_error, repr(self.source_of()), self.subsets)
+
+    def _read(self, files: list[Path]) -> Iterable[Document]:
+        return read_documents(files, self.text_field, self.on_error, self.source_of(), self.subsets)
+
+    def _read_hub(self, data_set: str, split: str) -> Iterable[Document]:
+        from lightning_longrope.datamodules.readers import read_hub
+
+        name, _, config = data_set.partition(":")
+        how = (self.streaming, self.text_field, self.source_of(), self.on_error, self.subsets)
+        return read_hub(name, config or None, split, *how)
+
+    def _check_mixing(self) -> None:
+        if (self.subsets or self.weights) and self.source_of() is None:
+            raise ValueError(
+                "`subsets` and `weights` name sources, so `source_field` must say where a record's source is: a field,"
+                " @folder or @file."
+            )
+        if left_out := sorted(set(self.weights or ()) - set(self.subsets or self.weights or ())):
+            raise ValueError(f"`weights` names {', '.join(left_out)}, which `subsets` leaves out.")
+        # Mistakes in the rest of the mixing show before the text is tokenised.
+        Mixture(np.ones(1, np.int64), np.zeros(1, np.uint16), ("",), None, self.long_length, self.long_weight)
+
+
+Origin = list[str] | tuple[str, str]
+"""Paths, or a hub data set and its split."""
+
+
+def _origins(
+    own: dict[str, list[str]],
+    files: list[str] | None,
+    hub: str | None,
+    hub_splits: dict[str, str] | None,
+    shares: dict[str, float],
+) -> dict[str, Origin]:
+    """Where the text of each store is, by its name: a split's, or ``SHARED``.
+
+    Raises:
+        ValueError: If that is said twice, or not at all, or the shares make no sense.
+    """
+    if (bool(own), bool(files), bool(hub)).count(True) != 1:
+        given = [name for name, value in {"files for each split": own, "`files`": files, "`hub`": hub}.items() if value]
+        raise ValueError(
+            "Give either `files` (with `val_share` and `test_share`), or `train_files`, `val_files` and `test_files`,"
+            f" or `hub`, got {' and '.join(given) or 'none of them'}."
+        )
+    if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+        values = " and ".join(map(str, shares.values()))
+        raise ValueError(f"`val_share` and `test_share` must be at least 0 and together below 1, got {values}.")
+    splits = hub_splits or {"train": "train"}
+    if unknown := sorted(set(splits) - set(SPLITS)):
+        raise ValueError(f"`hub_splits` knows {', '.join(SPLITS)}, got {', '.join(unknown)}.")
+    if any(shares.values()) and (own or len(splits) > 1):
+        raise ValueError("`val_share` and `test_share` split one text; where each split has its own leave them at 0.")
+    if hub:
+        return {SHARED if any(shares.values()) else split: (hub, theirs) for split, theirs in splits.items()}
+    return {SHARED: files} if files else dict(own)
+
+
+def _check_disjoint(files: dict[str, list[Path]]) -> None:
+    """Raises ValueError if a file is in two splits."""
+    owners: dict[Path, str] = {}
+    for split, paths in files.items():
+        for path in paths:
+            if owners.setdefault(path, split) != split:
+                raise ValueError(f"{path} is in the {owners[path]} split and in the {split} split: choose one.")
+
+
+def _folder(record: dict[str, Any], file: Path) -> str:
+    return file.parent.name
+
+
+def _file(record: dict[str, Any], file: Path) -> str:
+    return file.name.split(".")[0]
+
+
+def check_subsets(subsets: list[str] | None, known: tuple[str, ...]) -> None:
+    """Raises ValueError if a name is not among the ``known`` ones."""
+    if unknown := [name for name in subsets or () if name not in known]:
+        raise ValueError(f"`subsets` names {', '.join(unknown)}, but there are {', '.join(known)}.")

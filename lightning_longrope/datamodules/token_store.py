@@ -49,7 +49,9 @@ class TokenStore:
     @property
     def documents(self) -> Documents:
         """The documents that hold any token."""
-        return Documents(self.tokens, self.offsets[:-1], np.diff(self.offsets), self.sources).at_least(1)
+        return Documents(
+            self.tokens, self.offsets[:-1], np.diff(self.offsets), self.sources, self.source_names
+        ).at_least(1)
 
     @property
     def source_names(self) -> tuple[str, ...]:

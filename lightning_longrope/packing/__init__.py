@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning_longrope.packing.best_fit import BestFitRows
 from lightning_longrope.packing.concat import ConcatRows
-from lightning_longrope.packing.documents import Documents, epoch_permutation
+from lightning_longrope.packing.documents import Documents, epoch_permutation, longest_text
 from lightning_longrope.packing.excerpts import excerpts
 from lightning_longrope.packing.long_documents import LongDocumentRows
 from lightning_longrope.packing.mixed import MixedRows
@@ -28,6 +28,7 @@ __all__ = [
     "bookended_labels",
     "epoch_permutation",
     "excerpts",
+    "longest_text",
     "make_rows",
 ]
 

@@ -16,12 +16,14 @@ class Documents:
         starts: First token of every document, [documents] int64.
         lengths: Number of tokens of every document, [documents] int64, each at least 1.
         sources: Number of the source each document is from, [documents] uint16; None where nobody asks.
+        source_names: Names of the sources by their numbers.
     """
 
     tokens: NDArray[Any]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     sources: NDArray[np.uint16] | None = None
+    source_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -34,7 +36,7 @@ class Documents:
     def select(self, numbers: NDArray[np.int64]) -> "Documents":
         """The documents with these numbers, in this order; shares the tokens."""
         sources = None if self.sources is None else self.sources[numbers]
-        return Documents(self.tokens, self.starts[numbers], self.lengths[numbers], sources)
+        return Documents(self.tokens, self.starts[numbers], self.lengths[numbers], sources, self.source_names)
 
     def at_least(self, length: int) -> "Documents":
         """The documents of at least ``length`` tokens."""
@@ -52,13 +54,25 @@ class Documents:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sends a memory map to worker processes as its path; pickling it would send every token."""
+        index = (self.starts, self.lengths, self.sources, self.source_names)
         if isinstance(self.tokens, np.memmap) and self.tokens.filename is not None and not self.tokens.offset:
-            return _reopen, (self.tokens.filename, self.tokens.dtype, self.starts, self.lengths, self.sources)
-        return Documents, (self.tokens, self.starts, self.lengths, self.sources)
+            return _reopen, (self.tokens.filename, self.tokens.dtype, *index)
+        return Documents, (self.tokens, *index)
 
 
 def _reopen(path: Any, dtype: Any, *index: Any) -> Documents:
     return Documents(np.memmap(path, dtype=dtype, mode="r"), *index)
+
+
+def longest_text(lengths: NDArray[np.int64], wanted: int) -> str:
+    """Words on how many documents there are at which lengths, where none has the ``wanted`` one.
+
+    >>> longest_text(np.array([7, 1]), 8)
+    'the longest of 2 has 7 tokens (there are 1 of at least 4, 1 of at least 2, 2 of at least 1)'
+    """
+    steps = [wanted >> step for step in range(1, 5) if wanted >> step]
+    counts = ", ".join(f"{int((lengths >= step).sum())} of at least {step}" for step in steps)
+    return f"the longest of {len(lengths)} has {int(lengths.max(initial=0))} tokens (there are {counts or 'no others'})"
 
 
 def epoch_permutation(size: int, *, seed: int, epoch: int, stream: int) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from lightning_longrope.packing.documents import longest_text
 from lightning_longrope.packing.rows import IGNORED, Row, Rows
 
 
@@ -83,10 +84,7 @@ class LongDocumentRows(Rows[Pieces]):
 
 def _none_long_enough(lengths: NDArray[np.int64], seq_len: int) -> str:
     """One line on the lengths there are."""
-    steps = [seq_len >> step for step in range(1, 6) if seq_len >> step]
-    counts = ", ".join(f"{int((lengths >= step).sum())} of at least {step}" for step in steps)
     return (
-        f"`packing: document` needs documents of at least `seq_len` {seq_len} tokens, but the longest of"
-        f" {len(lengths)} has {int(lengths.max(initial=0))} (there are {counts}): choose a smaller `seq_len`,"
-        " `packing: concat`, or longer documents."
+        f"`packing: document` needs documents of at least `seq_len` {seq_len} tokens, but"
+        f" {longest_text(lengths, seq_len)}: choose a smaller `seq_len`, `packing: concat`, or longer documents."
     )

@@ -1,6 +1,5 @@
 """Datamodules under a real Trainer: splits, rows, excerpts, and a resumed run that sees the very next row."""
 
-import inspect
 import json
 import sysconfig
 import time
@@ -10,9 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_longrope.datamodules import PackedTextDataModule, SampleTextDataModule, sample_text
@@ -301,8 +298,8 @@ def test_short_documents_are_left_out_and_none_left_is_an_error(tmp_path, tokeni
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "got neither"),
-        ({"files": ["a"], "train_files": ["b"]}, "got both"),
+        ({}, "got none of them"),
+        ({"files": ["a"], "train_files": ["b"]}, "got files for each split and `files`"),
         ({"files": ["a"], "val_share": 0.5, "test_share": 0.5}, "together below 1"),
         ({"train_files": ["a"], "val_share": 0.5}, "leave them at 0"),
     ],
@@ -400,25 +397,6 @@ def test_two_ranks_see_every_row_once_between_them(tmp_path, tokenizer):
     shares = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     rows = [[row for _, batch in share for row in batch] for share in shares]
     assert [row for pair in zip(*rows, strict=True) for row in pair] == expected[: len(expected) // 2 * 2]
-
-
-# The command line's fragments
-
-
-@pytest.mark.parametrize("path", sorted(FRAGMENTS.glob("*_text.yaml")), ids=lambda path: path.stem)
-def test_fragments_name_every_argument_with_its_default(path):
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningDataModule, "data")
-    fragment = yaml.safe_load(path.read_text())
-    config = parser.parse_object({"data": fragment})
-    name = fragment["class_path"].rsplit(".", 1)[1]
-    owner = {"SampleTextDataModule": SampleTextDataModule, "PackedTextDataModule": PackedTextDataModule}[name]
-    defaults = {key: value.default for key, value in inspect.signature(owner).parameters.items()}
-    assert defaults.pop("tokenizer") is None  # linked to the model's; a fragment that set it would be ignored
-    assert fragment["init_args"] == defaults
-    assert list(fragment["init_args"]) == list(defaults)
-    if owner is SampleTextDataModule:  # the other one needs files
-        assert owner(**config.data.init_args).seq_len == fragment["init_args"]["seq_len"]
 
 
 def test_the_tokenizer_is_that_of_the_model_where_none_is_named(sample, tmp_path):

@@ -14,7 +14,7 @@ import lightning_longrope
 PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
-    | {"mixing", "windows", "redaction", "objectives", "tokenizing"},
+    | {"mixing", "summary", "windows", "redaction", "objectives", "tokenizing"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"reporting", "isolation"},
     {"module", "datamodules", "callbacks", "tracking"},
@@ -24,7 +24,9 @@ FLOORS = [  # each may import from its own floor and those before it
     {"__main__"},
 ]
 LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "tracking", "cli", "commands"}
-TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary", "objectives"}
+TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary", "objectives"} | {
+    "summary"
+}
 
 
 def rooms():

@@ -137,11 +137,12 @@ def field_text(record: Any, path: str) -> str | None:
 def redpajama_source(record: dict[str, Any], file: Path) -> str | None:
     """The part of RedPajama v1 that a record is from, one of ``REDPAJAMA``; None if nothing tells it.
 
-    The published files tell it in five ways: ``red_pajama_subset``, ``source``, ``meta.source``, the same inside a
-    ``meta`` that is JSON text, or only by the name of the file or its folder (``arxiv/arxiv_0.jsonl``, ``book.jsonl``,
-    ``cc_2019-30_sample.jsonl``).
+    The published files tell it in six ways: ``red_pajama_subset``, ``source``, ``meta.source``, SlimPajama's
+    ``meta.redpajama_set_name`` (``RedPajamaC4``), the same inside a ``meta`` that is JSON text, or only by the name of
+    the file or its folder (``arxiv/arxiv_0.jsonl``, ``book.jsonl``, ``cc_2019-30_sample.jsonl``).
+    the file or its folder (``arxiv/arxiv_0.jsonl``, ``book.jsonl``, ``cc_2019-30_sample.jsonl``).
     """
-    for path in ("red_pajama_subset", "meta.red_pajama_subset", "meta.source", "source"):
+    for path in ("red_pajama_subset", "meta.red_pajama_subset", "meta.redpajama_set_name", "meta.source", "source"):
         if (name := _redpajama_name(field_text(record, path) or "")) is not None:
             return name
     return next(filter(None, map(_redpajama_name, (file.name, *reversed(file.parts[:-1])))), None)
@@ -149,7 +150,7 @@ def redpajama_source(record: dict[str, Any], file: Path) -> str | None:
 
 def _redpajama_name(text: str) -> str | None:
     """The part that a name such as ``cc/2019-30/en_middle_0053`` or ``arxiv_sample.jsonl`` begins with."""
-    text = text.lower()
+    text = text.lower().removeprefix("redpajama")
     names = {**{name: name for name in REDPAJAMA}, **ALIASES}
     for name in sorted(names, key=len, reverse=True):
         if text.startswith(name) and not text[len(name) : len(name) + 1].isalnum():
