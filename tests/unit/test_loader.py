@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_longrope.datamodules.loader import FILLING, ResumableLoader, RowDataset, RowSampler
-from lightning_longrope.packing import IGNORED, ConcatRows, Documents
+from lightning_longrope.datamodules.loader import FILLING, ResumableLoader, RowDataset, RowSampler, collate
+from lightning_longrope.packing import IGNORED, ConcatRows, Documents, make_rows
 
 
 def dataset(rows: int, extra_share: float = 0.0, extra=None) -> RowDataset:
@@ -142,3 +142,120 @@ def test_workers_give_the_same_batches_and_count_what_was_handed_out():
     taken.close()
     sent = pickle.loads(pickle.dumps(made.dataset))  # what a spawned worker gets, after the rows were used
     assert sent[0, 3]["input_ids"].tolist() == made.dataset[0, 3]["input_ids"].tolist() == plain[1][0]
+
+
+# All policies
+
+POLICIES = {
+    "concat": {},
+    "isolated": {"isolate": True},
+    "document": {},
+    "best_fit": {},
+    "mixed": {"short_seq_len": 6, "short_share": 0.4},
+}
+
+
+def policy_dataset(policy, documents=150) -> RowDataset:
+    lengths = np.random.default_rng(0).integers(1, 40, documents)
+    packed = Documents(np.arange(10, 10 + lengths.sum()).astype(np.uint16), np.cumsum(lengths) - lengths, lengths)
+    name = "concat" if policy == "isolated" else policy
+    return RowDataset(make_rows(name, packed, seq_len=16, bos=0, eos=1, seed=7, **POLICIES[policy]))
+
+
+def ranks_of(data, world, batch_size, state=None, epoch=2, workers=0):
+    """One loader for each rank."""
+    loaders = []
+    for rank in range(world):
+        sampler = RowSampler(data, world, rank, batch_size=batch_size)
+        made = ResumableLoader(data, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=collate)
+        sampler.set_epoch(epoch)
+        if state is not None:
+            made.load_state_dict(state)
+        loaders.append(made)
+    return loaders
+
+
+def steps(loaders, limit=None):
+    """Rows of all ranks, step by step: (kind, its rows as tuples), in the order they have among the ranks' shares."""
+    taken = []
+    for number, batches in enumerate(zip(*map(iter, loaders), strict=True)):
+        kinds = {batch.get("original_rope") for batch in batches}
+        assert len(kinds) == 1  # all ranks read one kind of row
+        rows = zip(*(batch["input_ids"].tolist() for batch in batches), strict=True)
+        taken.append((kinds.pop(), [tuple(row) for turn in rows for row in turn]))
+        if limit is not None and number + 1 == limit:
+            break
+    return taken
+
+
+def by_kind(taken):
+    return {kind: [row for one, rows in taken if one == kind for row in rows] for kind, _ in taken}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 1), (2, 3), (3, 2), (4, 1)])
+def test_ranks_hold_disjoint_rows_that_are_all_there_are(policy, world, batch_size):
+    data = policy_dataset(policy)
+    loaders = ranks_of(data, world, batch_size)
+    taken = by_kind(steps(loaders))
+    assert len(loaders[0]) == len(list(loaders[0]))
+    whole = by_kind(steps(ranks_of(data, 1, 1)))
+    for kind, rows in whole.items():
+        assert taken[kind] == rows[: len(taken[kind])]  # the same order with any number of ranks
+        assert len(rows) - len(taken[kind]) < world * (batch_size if policy == "mixed" else 1)
+    assert sum(map(len, whole.values())) == len(data)
+    assert len(whole) == (2 if policy == "mixed" else 1)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_changes_ranks_and_batches_goes_on_with_the_very_next_rows(policy, workers):
+    data = policy_dataset(policy)
+    if workers and policy not in ("mixed", "best_fit"):
+        pytest.skip("workers are the same to all policies")
+    whole = by_kind(steps(ranks_of(data, 1, 1)))
+    seen: dict = {kind: [] for kind in whole}
+    state = None
+    for world, batch_size, limit in ((2, 2, 5), (1, 3, 4), (2, 1, 7), (3, 2, None)):
+        loaders = ranks_of(data, world, batch_size, state, workers=workers if world == 1 else 0)
+        for kind, rows in by_kind(steps(loaders, limit)).items():
+            seen[kind] += rows
+        states = [made.state_dict() for made in loaders]
+        assert all(one == states[0] for one in states)  # any rank's checkpoint will do
+        state = pickle.loads(pickle.dumps(states[0]))
+    for kind, rows in whole.items():
+        assert seen[kind] == rows[: len(seen[kind])]
+        assert len(rows) - len(seen[kind]) < 6
+
+
+def test_kinds_are_mixed_over_the_epoch():
+    taken = [kind for kind, _ in steps(ranks_of(policy_dataset("mixed", 600), 2, 2))]
+    share = sum(taken) / len(taken)
+    assert 0.3 < share < 0.5
+    for cut in range(20, len(taken), 10):
+        assert sum(taken[:cut]) / cut == pytest.approx(share, abs=1.5 / cut + 0.01)
+
+
+@pytest.mark.parametrize("policy", ["isolated", "best_fit", "mixed"])
+def test_a_batch_says_where_its_documents_are(policy):
+    data = policy_dataset(policy)
+    short = 0
+    for batch in ranks_of(data, 1, 3)[0]:
+        rows, length = batch["input_ids"].shape
+        if policy == "mixed":
+            short += batch["original_rope"]
+            if not batch["original_rope"]:
+                assert set(batch) == {"input_ids", "labels", "original_rope"}
+                continue
+        bounds = batch["cu_seq_lens"].tolist()
+        assert batch["cu_seq_lens"].dtype == torch.int32
+        assert (bounds[0], bounds[-1]) == (0, rows * length)
+        assert set(range(0, rows * length, length)) <= set(bounds)
+        positions = [place - max(b for b in bounds if b <= place) for place in range(rows * length)]
+        assert batch["position_ids"].flatten().tolist() == positions
+        assert batch["max_length"] == max(np.diff(bounds))
+        first = batch["position_ids"] == 0
+        assert (batch["labels"][first] == IGNORED).all()
+        marked = (batch["input_ids"] == 0) & (batch["labels"] == IGNORED)
+        assert (first & ~marked).sum() <= rows  # every document begins with BOS; all else that begins is padding
+    assert bool(short) == (policy == "mixed")
