@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import LLAMA
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_longrope import isolation
 from lightning_longrope.factors import RescaleFactors
@@ -72,20 +74,30 @@ def test_documents_side_by_side_are_documents_alone(name, attention):
     assert torch.equal(together, twin(tokens, use_cache=False).logits)  # plain rows are as ever
 
 
-def test_isolation_keeps_to_memory_of_the_documents(monkeypatch):
-    """No mask of S x S, whatever the attention of the library would make."""
-    model, (tokens, positions, stretches) = model_of("mistral"), packed()
-    seen = []
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operator gave."""
 
-    def watched(*arguments, attn_mask=None, **options):
-        seen.append(0 if attn_mask is None else attn_mask.numel())
-        return torch.ops.aten.scaled_dot_product_attention(*arguments, attn_mask, **options)
+    elements = 0
 
-    hidden_states(model, tokens, positions, stretches)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    hidden_states(model, tokens, positions, stretches)
-    assert len(seen) == 2 * (1 + 2 + 1 + 3 + 5)  # layers x blocks of at most 5 queries
-    assert 0 < max(seen) <= 5 * 9
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        output = operator(*arguments, **(options or {}))
+        sizes = [part.numel() for part in tree_leaves(output) if isinstance(part, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return output
+
+
+def test_no_tensor_grows_with_the_square_of_the_row():
+    model, length = model_of("mistral"), 2048
+    bounds = torch.arange(0, length + 1, 16, dtype=torch.int32)
+    tokens, positions = torch.ones(1, length, dtype=torch.long), (torch.arange(length) % 16)[None]
+    stretches = Stretches(bounds, 16)
+    hidden_states(model, tokens[:, :16], positions[:, :16], Stretches(bounds[:2], 16))
+    with torch.no_grad(), LargestTensor() as ours:
+        hidden_states(model, tokens, positions, stretches)
+    with torch.no_grad(), LargestTensor() as plain:
+        model(tokens, position_ids=positions, use_cache=False, logits_to_keep=1)
+    assert ours.elements <= length * 96  # the widest layer
+    assert plain.elements >= length * length  # what transformers makes of such positions
 
 
 def test_a_model_that_takes_no_bounds_is_refused_and_a_foreign_attention_too():
