@@ -1,12 +1,15 @@
 """LightningCLI around this package: a trainer that searches and compares, and errors of one line."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_longrope.callbacks.comparison import (
@@ -18,10 +21,12 @@ from lightning_longrope.callbacks.comparison import (
     write_results,
 )
 from lightning_longrope.callbacks.factor_search import FactorSearch
+from lightning_longrope.callbacks.harness_tasks import HarnessTasks
 from lightning_longrope.callbacks.measurement import MeasuringCallback, TableAt
+from lightning_longrope.callbacks.retrieval import RetrievalCallback
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_text
-from lightning_longrope.model import rope_geometry
+from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.redaction import redact
 from lightning_longrope.reporting.results import Results, read_results
@@ -31,7 +36,7 @@ log = logging.getLogger("lightning_longrope")
 
 
 class LongRoPETrainer(Trainer):
-    """Lightning's Trainer with the two commands that measure instead of train."""
+    """Lightning's Trainer with the commands that measure instead of train."""
 
     def search(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Searches rescale factors, without an optimizer.
@@ -65,7 +70,7 @@ class LongRoPETrainer(Trainer):
             factors: Further tables by name: files of rescale factors.
             tuned: Further models by name, measured as they are: checkpoints or folders.
         """
-        measuring = [callback for callback in self._callbacks if isinstance(callback, MeasuringCallback)]
+        measuring = self._take_measuring()
         if not measuring:
             raise ValueError("`compare` needs callbacks that measure (PerplexityByLength, ...) in `trainer.callbacks`.")
         model.configure_model()
@@ -77,8 +82,6 @@ class LongRoPETrainer(Trainer):
             method: method_tables(method, model.model.config, target_length) for method in methods
         }
         tables |= {name: _fixed(table) for name, table in loaded.items()}
-        # The comparison calls the measuring callbacks itself, once per method.
-        self._callbacks[:] = [callback for callback in self._callbacks if callback not in measuring]
         folder = Path(self.default_root_dir) / "eval"
         models = {name: _version(path) for name, path in {"": model.name_or_path, **(tuned or {})}.items()}
         parts = folder / f"methods-{settings_digest([*measuring, datamodule], target_length, models, loaded)}"
@@ -91,6 +94,58 @@ class LongRoPETrainer(Trainer):
             write_results(folder, {name: MethodResults.load(parts / f"{name}.json") for name in names})
             log_results(self, "comparison", Results(read_results(folder / "results.csv")))
 
+    def eval(
+        self,
+        model: LongRoPEModule,
+        datamodule: LightningDataModule,
+        method: str | None = None,
+        tasks: str | None = None,
+        task_lengths: tuple[int, ...] | None = None,
+        num_fewshot: int | None = None,
+        limit: int | None = None,
+        include_path: str | None = None,
+        generate: int = 0,
+    ) -> None:
+        """Measures one model as it is, with the measuring callbacks of the trainer and benchmark tasks.
+
+        Args:
+            model: Module around a checkpoint, an exported folder or any Hugging Face model.
+            datamodule: Gives the text; tasks need none.
+            method: Name in ``results.csv``; by default ``searched`` with ``model.factors``, ``tuned`` for a model that
+                brings factors, otherwise ``none``.
+            tasks: Tasks of the lm-evaluation-harness, with commas between.
+            task_lengths: Lengths of RULER's prompts in tokens; the model's window by default.
+            num_fewshot: Examples before each question; the task's own number by default.
+            limit: Most documents of each task.
+            include_path: Folder with further tasks.
+            generate: Prompts of each retrieval task and length whose real answers are printed; 3 if no number is given.
+        """
+        measuring = self._take_measuring()
+        retrieving = any(isinstance(callback, RetrievalCallback) for callback in measuring)
+        if generate and not retrieving:
+            raise ValueError("`--generate` prints answers of retrieval callbacks, and `trainer.callbacks` has none.")
+        model.configure_model()
+        if tasks:
+            names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+            lengths = task_lengths or (window(model.model),)
+            measuring.append(HarnessTasks(names, lengths, num_fewshot, limit, include_path))
+        if not measuring:
+            raise ValueError("`eval` needs callbacks that measure in `trainer.callbacks`, or `--tasks`.")
+        name = method or _method_name(model)
+        folder = Path(self.default_root_dir) / "eval"
+        if self.is_global_zero:
+            (folder / f"{name}.json").unlink(missing_ok=True)
+        self._compare(model, datamodule, MethodComparison({name: None}, measuring, folder, answers=generate))
+        if self.is_global_zero:
+            write_results(folder, {name: MethodResults.load(folder / f"{name}.json")})
+            log_results(self, "evaluation", Results(read_results(folder / "results.csv")))
+
+    def _take_measuring(self) -> list[MeasuringCallback]:
+        """The measuring callbacks, taken from the trainer: a comparison calls them itself, once per method."""
+        measuring = [callback for callback in self._callbacks if isinstance(callback, MeasuringCallback)]
+        self._callbacks[:] = [callback for callback in self._callbacks if callback not in measuring]
+        return measuring
+
     @property
     def _callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
@@ -99,9 +154,29 @@ class LongRoPETrainer(Trainer):
     def _compare(self, model: LightningModule, datamodule: LightningDataModule, comparison: MethodComparison) -> None:
         self._callbacks.append(comparison)
         try:
-            self.validate(model, datamodule=datamodule, verbose=False)
+            with _nothing_to_validate(datamodule):
+                self.validate(model, datamodule=datamodule, verbose=False)
         finally:
             self._callbacks.remove(comparison)
+
+
+@contextmanager
+def _nothing_to_validate(datamodule: LightningDataModule) -> Iterator[None]:
+    """One row of two tokens in place of the validation rows: Lightning calls no hook where there is nothing at all."""
+    row = {"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.zeros(2, dtype=torch.int64)}
+    datamodule.val_dataloader = lambda: DataLoader([row])  # type: ignore[method-assign, arg-type]
+    try:
+        yield
+    finally:
+        del datamodule.val_dataloader
+
+
+def _method_name(module: LongRoPEModule) -> str:
+    """What ``results.csv`` calls a model that nobody has named."""
+    factors = installed_factors(module.model)
+    if factors is None or factors.is_identity:
+        return "none"
+    return "tuned" if module.factors is None else "searched"
 
 
 def _version(path: str | None) -> list[Any]:
@@ -132,7 +207,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class LongRoPECLI(LightningCLI):
-    """LightningCLI with ``LongRoPEModule`` (or a subclass) as the model, and ``search`` and ``compare``.
+    """LightningCLI with ``LongRoPEModule`` (or a subclass) as the model, and ``search``, ``compare`` and ``eval``.
 
     Args:
         args: Words of the command line.
@@ -160,7 +235,7 @@ class LongRoPECLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         lightning = LightningCLI.subcommands()
-        own = {name: {"model", "datamodule"} for name in ("search", "compare")}
+        own = {name: {"model", "datamodule"} for name in ("search", "compare", "eval")}
         return {name: lightning[name] for name in ("fit", "validate", "test")} | own
 
     @override

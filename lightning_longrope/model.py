@@ -25,6 +25,7 @@ from lightning_longrope.rotary import RescaledRotary
 __all__ = [
     "RopeGeometry",
     "candidate_rows",
+    "find_tokenizer",
     "hidden_states",
     "install_factors",
     "installed_factors",
@@ -34,6 +35,7 @@ __all__ = [
     "output_head",
     "probe_logits",
     "rope_geometry",
+    "window",
 ]
 
 PRETRAINED_ROPE = "pretrained_rope"
@@ -77,6 +79,12 @@ def install_factors(model: PreTrainedModel, factors: RescaleFactors) -> None:
 def installed_factors(model: PreTrainedModel) -> RescaleFactors | None:
     """The factors last installed in a model, or None."""
     return getattr(model, "rescale_factors", None)
+
+
+def window(model: PreTrainedModel) -> int:
+    """Tokens a model can read: the target length of its factors, or what its config says."""
+    factors = installed_factors(model)
+    return int(model.config.get_text_config().max_position_embeddings if factors is None else factors.target_length)
 
 
 @contextmanager
@@ -306,15 +314,23 @@ def load_model(
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or hub name.
+    """The tokenizer of a Hugging Face folder or hub name, or the one near a ``.ckpt``.
 
     Raises:
         ValueError: If there is none.
     """
+    near = find_tokenizer(Path(name_or_path)) if str(name_or_path).endswith(".ckpt") else None
     try:
-        return AutoTokenizer.from_pretrained(str(name_or_path))
+        return AutoTokenizer.from_pretrained(near or str(name_or_path))
     except (OSError, ValueError) as error:
         raise ValueError(_cannot_load("tokenizer", str(name_or_path), error)) from error
+
+
+def find_tokenizer(checkpoint: Path) -> str | None:
+    """The tokenizer in a model folder, or the one that the run around a checkpoint has made."""
+    places = ("tokenizer_config.json", "data/tokenizer-*/tokenizer_config.json")
+    folders = (checkpoint, *checkpoint.absolute().parents[:3])
+    return next((str(path.parent) for folder in folders for place in places for path in folder.glob(place)), None)
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:

@@ -64,6 +64,38 @@ def greedy_matches(model: Any, input_ids: Tensor, answer: int) -> Tensor:
     return likeliest.view(-1, answer) == input_ids[:, -answer:]
 
 
+@torch.no_grad()
+def continuation_scores(
+    model: Any, rows: Sequence[Sequence[int]], continuations: Sequence[tuple[int, Sequence[int]]]
+) -> tuple[Tensor, Tensor]:
+    """Nll of texts after a beginning, and whether greedy decoding would give them, in one forward pass.
+
+    Rows of different lengths share the pass: they are padded at the end, where no token sees the padding. Only
+    positions that predict go through the output head.
+
+    Args:
+        model: A Hugging Face causal language model.
+        rows: Each the tokens of a beginning and of its continuation but for the last token.
+        continuations: The row each belongs to, and its tokens; many may share a row.
+
+    Returns:
+        The nll of each continuation in nats, [N] float64, and whether all its tokens are the likeliest, [N] bool.
+    """
+    device = next(model.parameters()).device
+    padded = [torch.tensor(row, device=device) for row in rows]
+    hidden = _hidden(model, torch.nn.utils.rnn.pad_sequence(padded, batch_first=True))
+    states = torch.cat([hidden[row, len(rows[row]) - len(tokens) : len(rows[row])] for row, tokens in continuations])
+    labels = torch.cat([torch.tensor(tokens, device=device) for _, tokens in continuations])
+    head, size, nll, right = output_head(model), _positions_at_a_time(model), [], []
+    for part, wanted in zip(states.split(size), labels.split(size), strict=True):
+        logits = head(part).float()
+        nll.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu().double())
+        right.append((logits.argmax(-1) == wanted).cpu())
+    lengths = [len(tokens) for _, tokens in continuations]
+    sums = [part.sum() for part in torch.cat(nll).split(lengths)]
+    return torch.stack(sums), torch.stack([part.all() for part in torch.cat(right).split(lengths)])
+
+
 def _positions_at_a_time(model: Any) -> int:
     """Positions that go through the output head together, 4,096 at most."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)

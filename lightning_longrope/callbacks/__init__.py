@@ -2,6 +2,7 @@
 
 from lightning_longrope.callbacks.document_question import DocumentQuestion
 from lightning_longrope.callbacks.factor_search import FactorSearch
+from lightning_longrope.callbacks.harness_tasks import HarnessTasks
 from lightning_longrope.callbacks.key_value import KeyValueRetrieval
 from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback
 from lightning_longrope.callbacks.needle import NeedleRetrieval
@@ -13,6 +14,7 @@ from lightning_longrope.callbacks.sliding_perplexity import SlidingPerplexity
 __all__ = [
     "DocumentQuestion",
     "FactorSearch",
+    "HarnessTasks",
     "KeyValueRetrieval",
     "Measurement",
     "MeasuringCallback",

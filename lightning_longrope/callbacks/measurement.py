@@ -184,10 +184,10 @@ class MeasuringCallback(Callback, ABC):
             ValueError: If the trainer has no datamodule or its text cannot be measured on.
         """
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if datamodule is None:
+        if not hasattr(datamodule, "tokenizer"):
             raise ValueError(
-                f"{type(self).__name__} takes its text and tokenizer from a datamodule, and the trainer has none:"
-                " pass `datamodule=` (on the command line `--data`)."
+                f"{type(self).__name__} takes its text and tokenizer from a datamodule, and the trainer has none"
+                " with a `tokenizer`: pass `datamodule=` (on the command line `--data`)."
             )
         if datamodule is self._datamodule:
             return

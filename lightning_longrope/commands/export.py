@@ -9,7 +9,7 @@ import torch
 
 from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.datamodules.sample_text import library_sources
-from lightning_longrope.model import installed_factors, load_model, load_tokenizer
+from lightning_longrope.model import find_tokenizer, installed_factors, load_model, load_tokenizer
 from lightning_longrope.recipes import Stage
 
 log = logging.getLogger("lightning_longrope")
@@ -70,13 +70,6 @@ def _example(model: Any, tokenizer: Any) -> torch.Tensor | None:
         if len(tokens) >= length:
             break
     return torch.tensor(tokens[:length])
-
-
-def find_tokenizer(checkpoint: Path) -> str | None:
-    """The tokenizer in a model folder, or the one that the run around a checkpoint has made."""
-    places = ("tokenizer_config.json", "data/tokenizer-*/tokenizer_config.json")
-    folders = (checkpoint, *checkpoint.absolute().parents[:3])
-    return next((str(path.parent) for folder in folders for place in places for path in folder.glob(place)), None)
 
 
 def find_checkpoint(run: Path) -> Path:

@@ -17,7 +17,7 @@ FLOORS = [  # each may import from its own floor and those before it
     | {"mixing", "summary", "windows", "redaction", "objectives", "tokenizing"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"reporting", "isolation"},
-    {"module", "datamodules", "callbacks", "tracking"},
+    {"module", "datamodules", "callbacks", "harness", "tracking"},
     {"export", "recipes"},
     {"cli"},
     {"commands"},

@@ -1,0 +1,297 @@
+"""``longrope eval`` and the lm-evaluation-harness, held against the harness's own Hugging Face model."""
+
+import csv
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from helpers import tiny_llama
+from small_tokenizers import TEXT, byte_level
+
+from lightning_longrope import RescaleFactors, export_model, install_factors, load_model
+from lightning_longrope.__main__ import main
+from lightning_longrope.harness import harness_model, measurements, run_tasks
+from lightning_longrope.scoring import continuation_scores
+
+pytest.importorskip("lm_eval")
+
+SENTENCES = [line for line in TEXT.splitlines() if len(line) > 40]
+TASKS = {
+    "choices": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}} It was",
+        "doc_to_choice": ["a lamp", "the book", "no sun at all", "a"],
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{long}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+    "writing": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "lamp",
+        "generation_kwargs": {"until": [";", "\n"], "max_gen_toks": 12, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with one task of each kind the harness has, on local files."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = random.Random(1)
+    lines = [
+        {"text": sentence, "long": " ".join(rng.sample(SENTENCES, 4)), "label": rng.randrange(4)}
+        for sentence in rng.sample(SENTENCES, 7)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, task in TASKS.items():
+        local = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}, "cache_dir": str(folder / "cache")},
+            "test_split": "test",
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**local, **task}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extended():
+    """A small Llama with rescale factors, and a tokenizer."""
+    model, tokenizer = tiny_llama(seed=4, vocab_size=720, max_position_embeddings=64), byte_level()
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    shape = {"rotary_size": 16, "base": 10_000.0, "original_length": 64, "target_length": 256}
+    install_factors(model, RescaleFactors.yarn(**shape))
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def exported(extended, tmp_path_factory):
+    return export_model(*extended, tmp_path_factory.mktemp("hf") / "model")
+
+
+def harness_results(model, tasks):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found = simple_evaluate(model=model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, num_fewshot=2)
+    said = {
+        name: [sample["resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+        for name, samples in found["samples"].items()
+    }
+    return found["results"], said
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("max_length", [256, 100])  # the second cuts prompts
+def test_the_adapter_says_what_the_harness_says_of_the_exported_folder(extended, exported, tasks, max_length):
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=3, max_length=max_length)
+    expected, their_words = harness_results(theirs, tasks)
+    ours, our_words = harness_results(harness_model(*extended, max_length, batch_tokens=300), tasks)
+    for name in TASKS:
+        numbers = {key: value for key, value in expected[name].items() if isinstance(value, int | float)}
+        assert len(numbers) >= 1
+        assert {key: ours[name][key] for key in numbers} == pytest.approx(numbers, rel=1e-4, nan_ok=True)
+    assert our_words["writing"] == their_words["writing"]
+    assert len({str(words) for words in our_words["writing"]}) > 1
+    for name in ("choices", "rolling"):
+        flat = [torch.tensor(_numbers(words)) for words in (our_words[name], their_words[name])]
+        assert len(flat[0]) >= 7
+        torch.testing.assert_close(*flat, rtol=1e-4, atol=1e-3)
+    assert len(their_words["choices"][0]) == 4
+
+
+def _numbers(words):
+    if isinstance(words, list | tuple):
+        return [number for word in words for number in _numbers(word)]
+    return [float(words == "True" if words in ("True", "False") else words)]
+
+
+def test_continuations_of_rows_of_different_lengths_agree_with_the_stock_forward(monkeypatch):
+    monkeypatch.setattr("lightning_longrope.scoring.LOGITS_AT_A_TIME", 3 * 96)  # a few positions at a time
+    model, generator = tiny_llama(), torch.Generator().manual_seed(3)
+    texts = [torch.randint(96, (size,), generator=generator).tolist() for size in (9, 30, 5, 17)]
+    with torch.no_grad():
+        logits = [model(torch.tensor([text])).logits[0].double() for text in texts]
+    likeliest = logits[1][-1].argmax().item()
+    asked = [(0, [3]), (1, [likeliest]), (2, [7, 8]), (1, [likeliest + 1]), (3, [1, 2, 3])]
+    rows = [
+        text + max((tokens[:-1] for row, tokens in asked if row == number), default=[])
+        for number, text in enumerate(texts)
+    ]
+    nll, right = continuation_scores(model, rows, asked)
+    for (row, tokens), value, hit in zip(asked, nll.tolist(), right.tolist(), strict=True):
+        with torch.no_grad():
+            found = model(torch.tensor([texts[row] + tokens])).logits[0].double()[-len(tokens) - 1 : -1]
+        chosen = torch.tensor(tokens)
+        assert value == pytest.approx(-found.log_softmax(-1).gather(1, chosen[:, None]).sum().item(), abs=1e-4)
+        assert hit == bool((found.argmax(-1) == chosen).all())
+    assert right[1]
+    assert not right.all()
+
+
+def test_numbers_of_ruler_go_to_their_lengths():
+    found = {
+        "results": {
+            "niah": {
+                "alias": "niah",
+                "4096,none": 0.5,
+                "4096_stderr,none": 0.1,
+                "8192,none": -1,
+                "8192_stderr,none": "N/A",
+            },
+            "arc": {"alias": "arc", "acc,none": 0.25, "acc_stderr,none": "N/A", "acc,strict": 0.125},
+        },
+        "n-samples": {"niah": {"original": 9, "effective": 8}},
+    }
+    rows = measurements(found, 512)
+    assert [(row.metric, row.length, row.value, row.n) for row in rows] == [
+        ("niah", 4096, 0.5, 8),
+        ("arc_acc", 512, 0.25, 0),
+        ("arc_acc_strict", 512, 0.125, 0),
+    ]
+    assert (rows[0].low, rows[0].high) == pytest.approx((0.5 - 0.196, 0.5 + 0.196))
+    assert math.isnan(rows[1].low)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_an_unknown_task_is_named(extended, tasks):
+    with pytest.raises(ValueError, match="has no task nonsense: see"):
+        run_tasks(*extended, ["choices", "nonsense"], lengths=[64], include_path=str(tasks))
+
+
+def config(path, **changes):
+    trainer = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    measuring = [
+        {"class_path": f"lightning_longrope.callbacks.{name}", "init_args": {"lengths": [60, 120], **arguments}}
+        for name, arguments in {
+            "PrefixPerplexity": {"documents": 3, "buckets": 4, "split": "test"},
+            "SlidingPerplexity": {"documents": 3, "stride": 20, "split": "test"},
+            "KeyValueRetrieval": {"lengths": [150], "depths": 2, "trials": 3},
+        }.items()
+    ]
+    (path.parent / "text.txt").write_text(TEXT)
+    data = {
+        "class_path": "lightning_longrope.datamodules.PackedTextDataModule",
+        "init_args": {"test_files": [str(path.parent / "text.txt")], "seq_len": 64, "cache_dir": None},
+    }
+    path.write_text(yaml.safe_dump({"trainer": {**trainer, "callbacks": measuring}, "data": data, **changes}))
+    return path
+
+
+def rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_eval_measures_an_exported_folder_on_a_test_split_alone(exported, tmp_path, capfd):
+    words = [
+        "-c",
+        str(config(tmp_path / "eval.yaml")),
+        "--model.name_or_path",
+        str(exported),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(["eval", *words, "--generate"]) == 0
+    found = rows(tmp_path / "out" / "eval" / "results.csv")
+    assert {row["method"] for row in found} == {"tuned"}
+    assert [(row["metric"], row["length"], row["depth"]) for row in found] == [
+        ("perplexity_prefix", "60", ""),
+        ("perplexity_prefix", "120", ""),
+        ("perplexity_sliding", "60", ""),
+        ("perplexity_window_mean", "60", ""),
+        ("perplexity_sliding", "120", ""),
+        ("perplexity_window_mean", "120", ""),
+        ("key_value", "150", "0.0"),
+        ("key_value", "150", "1.0"),
+        ("key_value", "150", ""),
+    ]
+    assert len(rows(tmp_path / "out" / "eval" / "positions.csv")) == 4
+    printed = capfd.readouterr().err
+    assert printed.count("key_value, 150 tokens, depth") == 3
+    assert "expected \"'" in printed
+
+    # the same number by hand, with transformers alone
+    tokenizer, model = byte_level(), load_model(str(exported))
+    from lightning_longrope.datamodules import PackedTextDataModule
+
+    data = PackedTextDataModule(
+        test_files=[str(tmp_path / "text.txt")], tokenizer=tokenizer, seq_len=64, cache_dir=None
+    )
+    excerpts = data.excerpts("test", 3, 120, 0)
+    with torch.no_grad():
+        nll = -model(excerpts).logits[:, 1:-1].double().log_softmax(-1).gather(-1, excerpts[:, 2:, None])
+    assert float(found[1]["value"]) == pytest.approx(nll.mean().exp().item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_tasks_run_from_the_command_line_without_data(exported, tasks, tmp_path):
+    words = ["eval", "--model.name_or_path", str(exported), "--tasks", "choices,rolling", "--include_path", str(tasks)]
+    words += [
+        "--limit",
+        "4",
+        "--method",
+        "mine",
+        "--out",
+        str(tmp_path),
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+    ]
+    command = [sys.executable, "-m", "lightning_longrope", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    found = rows(tmp_path / "eval" / "results.csv")
+    assert [(row["method"], row["metric"], row["length"], row["n"]) for row in found] == [
+        ("mine", "choices_acc", "256", "4"),
+        ("mine", "choices_acc_norm", "256", "4"),
+        ("mine", "rolling_word_perplexity", "256", "4"),
+        ("mine", "rolling_bits_per_byte", "256", "4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "`eval` needs callbacks that measure in `trainer.callbacks`, or `--tasks`"),
+        (["--generate"], "`--generate` prints answers of retrieval callbacks"),
+        (["--trainer.callbacks+=lightning_longrope.callbacks.KeyValueRetrieval"], "pass `datamodule=`"),
+        (["--generat"], "generat"),
+    ],
+)
+def test_mistakes_are_one_line(exported, tmp_path, capfd, words, message):
+    base = [
+        "--model.name_or_path",
+        str(exported),
+        "--out",
+        str(tmp_path),
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+    ]
+    assert main(["eval", *base, *words]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("longrope: error:")
+    assert message in error
