@@ -11,6 +11,7 @@ longrope: a context window up to 2,048k tokens for any RoPE language model
   longrope compare -c CONFIG     none, PI, NTK, dynamic NTK, YaRN and given factors on the same documents
   longrope data -c CONFIG        what the datamodule holds and yields: sources, lengths of documents, rows
   longrope eval -c CONFIG        evaluation callbacks and lm-eval tasks on a checkpoint, folder or Hugging Face model
+  longrope tokenize -c CONFIG    text to tokens, once, with many processes; --verify STORE reads a store again
   longrope export RUN OUT        a Hugging Face folder from a checkpoint or run
   longrope report RUN            one self-contained report.html with figures and tables
 

@@ -136,11 +136,12 @@ class TokenDataModule(LightningDataModule):
         if self.cache_dir is not None:
             self.tokenise()
 
-    def tokenise(self, workers: int = 0) -> dict[str, Path]:
+    def tokenise(self, workers: int | None = 0) -> dict[str, Path]:
         """Makes the token stores that are not in ``cache_dir`` yet, and finishes one that was cut.
 
         Args:
-            workers: Processes that tokenise; 0 does it in this one, with the tokenizer's threads.
+            workers: Processes that tokenise; 0 does it in this one, with the tokenizer's threads; None takes one for
+                each core where there is enough text.
 
         Returns:
             The folder of each corpus.

@@ -40,6 +40,7 @@ FORMAT = 3
 FILES = ("tokens.bin", "documents.bin", "sources.bin", "skipped.jsonl")
 BLOCK = 1 << 26  # bytes under one checksum
 COMMIT = 10.0  # seconds between two states that a run can go on from
+LITTLE = 1 << 25  # bytes of files, packed as they are
 MOST_SOURCES = 1 << 16
 
 
@@ -359,7 +360,7 @@ def write_store(
     folder: Path,
     documents: Iterable[Document | str],
     tokenizer: Any,
-    workers: int = 0,
+    workers: int | None = 0,
     fingerprint: str | None = None,
 ) -> None:
     """Makes a store, or finishes one that was cut; ``folder`` appears whole or not at all.
@@ -368,11 +369,12 @@ def write_store(
         folder: The store; nothing is done if it is there.
         documents: What it will hold.
         tokenizer: A Hugging Face tokenizer.
-        workers: Processes that tokenise; 0 works in this one, with the tokenizer's threads.
+        workers: Processes that tokenise; 0 works in this one, with the tokenizer's threads; None decides.
         fingerprint: All that the documents depend on. Without it nothing is left of a run that is cut, since a later
             one could not know whether its documents are the same.
     """
     encoder = Encoder(tokenizer)
+    workers = _worth(documents) if workers is None else workers
     if fingerprint is None:
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         try:
@@ -387,6 +389,13 @@ def write_store(
             partial = folder.with_name(f".{folder.name}.partial")
             _write(partial, folder, documents, encoder, tokenizer, workers, fingerprint)
         lock.unlink(missing_ok=True)  # only once the store is there: whoever still waits for it finds the store
+
+
+def _worth(documents: Iterable[Document | str]) -> int:
+    """Processes that pay for their start: one for each core, none for files of little text."""
+    if isinstance(documents, Reading) and documents.unit == "B" and (documents.progress()[1] or 0) < LITTLE:
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write(
