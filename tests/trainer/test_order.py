@@ -1,15 +1,17 @@
 """Which rows a run sees: through the command line, killed by SIGKILL, on other numbers of ranks, in real processes."""
 
 import json
+import os
 import signal
 
 import pytest
 import torch
 from helpers import LLAMA
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from processes import run_ranks, start_ranks
 from row_recorder import RowRecorder, recorded
+from torch.distributed.fsdp import fully_shard
 
 from lightning_longrope import LongRoPEModule, RescaleFactors
 from lightning_longrope.__main__ import main
@@ -143,3 +145,60 @@ def test_ranks_of_a_sequence_parallel_group_see_the_same_rows(tmp_path, corpus):
     first, second = ((tmp_path / "rows" / f"rank{rank}.jsonl").read_text() for rank in range(2))
     assert first == second
     assert len({str(json.loads(line)["rows"]) for line in first.splitlines()}) == 6
+
+
+class Sharded(LongRoPEModule):
+    """Under FSDP2 every layer is a unit of its own; keeps the losses it logged."""
+
+    def configure_model(self):
+        if self.model is None:
+            torch.manual_seed(0)
+            super().configure_model()
+            if self.device_mesh is not None:
+                for part in (*self.model.model.layers, self.model.lm_head, self.model.model):
+                    fully_shard(part, mesh=self.device_mesh["data_parallel"])
+        self.losses = []
+
+    def on_train_batch_end(self, *arguments):
+        self.losses.append(self.trainer.callback_metrics["train_loss"].item())
+
+
+def strategy(name):
+    if name == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    if name.startswith("zero"):
+        from deepspeed_on_cpu import DeepSpeedOnCPU
+
+        return DeepSpeedOnCPU(stage=int(name[-1]))
+    return "ddp" if name == "ddp" else "auto"
+
+
+def losses_under(corpus, folder, names, devices):
+    for name in names:
+        data = PackedTextDataModule(
+            [str(corpus / "text.jsonl")], tokenizer=str(corpus / "tokenizer"), seq_len=48, cache_dir=None,
+            packing="mixed", short_seq_len=16, batch_size=2 // devices,
+        )  # fmt: skip
+        trainer = Trainer(
+            **QUIET, strategy=strategy(name), devices=devices, max_steps=6, enable_checkpointing=False,
+            limit_val_batches=0, use_distributed_sampler=False,
+        )  # fmt: skip
+        module = Sharded(
+            config={**LLAMA, "vocab_size": 300}, factors=str(corpus / "factors.json"), gradient_checkpointing=True,
+            optimizer=lambda groups: torch.optim.SGD(groups, lr=0.5),
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data)
+        (folder / f"{name}{os.environ.get('RANK', 0)}.json").write_text(json.dumps(module.losses))
+
+
+@pytest.mark.slow
+def test_mixed_rows_train_alike_under_every_strategy(tmp_path, corpus):
+    names = ["ddp", "fsdp2", "zero2", "zero3"]
+    run_ranks(1, losses_under, corpus, tmp_path, ["alone"], 1, logs=tmp_path)
+    alone = json.loads((tmp_path / "alone0.json").read_text())
+    assert len(set(alone)) == 6
+    run_ranks(2, losses_under, corpus, tmp_path, names, 2, logs=tmp_path, timeout=200)
+    for name in names:
+        for rank in range(2):
+            found = json.loads((tmp_path / f"{name}{rank}.json").read_text())
+            assert found == pytest.approx(alone, rel=1e-5), name
