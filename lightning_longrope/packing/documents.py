@@ -39,8 +39,9 @@ class Documents:
         return Documents(self.tokens, self.starts[numbers], self.lengths[numbers], sources, self.source_names)
 
     def at_least(self, length: int) -> "Documents":
-        """The documents of at least ``length`` tokens."""
-        return self.select(np.flatnonzero(self.lengths >= max(1, length)))
+        """The documents of at least ``length`` tokens; itself, not a copy of its index, if that is all of them."""
+        enough = self.lengths >= max(1, length)
+        return self if enough.all() else self.select(np.flatnonzero(enough))
 
     def joined(self, limit: int | None = None) -> NDArray[np.int64]:
         """Text of the documents one after another without markers, [N] int64, at most ``limit`` tokens."""

@@ -204,4 +204,5 @@ def test_joined_text_has_no_markers_and_keeps_to_its_limit():
     packed = documents(5, 7, 6)
     assert packed.joined().tolist() == list(range(FIRST, FIRST + 18))
     assert packed.joined(limit=8).tolist() == list(range(FIRST, FIRST + 8))
+    assert packed.at_least(5) is packed
     assert packed.at_least(6).joined().tolist() == list(range(FIRST + 5, FIRST + 18))
