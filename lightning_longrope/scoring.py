@@ -178,3 +178,11 @@ def row_sums(model: Any, factors: Sequence[RescaleFactors], documents: Sequence[
     sums = [torch.where(mask, nll, 0.0).sum(1) for mask in (counted, answers)]
     counts = [mask.expand_as(nll).sum(1).double() for mask in (counted, answers)]
     return torch.stack([sums[0], counts[0], sums[1], counts[1]], dim=1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on an accelerator or in the CPU's allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    marks = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in marks)

@@ -131,11 +131,6 @@ class TokenDataModule(LightningDataModule):
             self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
-    @property
-    def store_tokenizer(self) -> Any:
-        """What makes the tokens that are stored: the tokenizer, where documents are plain text."""
-        return self.tokenizer
-
     @override
     def prepare_data(self) -> None:
         if self.cache_dir is not None:
@@ -161,7 +156,7 @@ class TokenDataModule(LightningDataModule):
             folders[corpus.name] = folder = self._folder(corpus, self.cache_dir)
             if not folder.is_dir():
                 log.info("Tokenising %s to %s", corpus.name, folder)
-                write_store(folder, corpus.documents(), self.store_tokenizer, workers, corpus.fingerprint)
+                write_store(folder, corpus.documents(), self.tokenizer, workers, corpus.fingerprint)
         return folders
 
     @override
@@ -310,14 +305,13 @@ class TokenDataModule(LightningDataModule):
 
     def _store(self, corpus: Corpus) -> TokenStore:
         if self.cache_dir is None:
-            return TokenStore.in_memory(corpus.documents(), self.store_tokenizer)
+            return TokenStore.in_memory(corpus.documents(), self.tokenizer)
         if (folder := self._folder(corpus, self.cache_dir)).is_dir():
-            return TokenStore.open(folder, self.store_tokenizer)
-        return TokenStore.write(folder, corpus.documents(), self.store_tokenizer, fingerprint=corpus.fingerprint)
+            return TokenStore.open(folder, self.tokenizer)
+        return TokenStore.write(folder, corpus.documents(), self.tokenizer, fingerprint=corpus.fingerprint)
 
     def _folder(self, corpus: Corpus, cache_dir: Path) -> Path:
-        made_by = tokenizer_fingerprint(self.store_tokenizer)
-        return cache_dir / f"{corpus.name}-{digest(FORMAT, corpus.fingerprint, made_by)}"
+        return cache_dir / f"{corpus.name}-{digest(FORMAT, corpus.fingerprint, tokenizer_fingerprint(self.tokenizer))}"
 
 
 def digest(*parts: Any) -> str:

@@ -14,7 +14,7 @@ import lightning_longrope
 PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
-    | {"mixing", "summary", "windows", "redaction", "objectives", "tokenizing", "out_of_memory"},
+    | {"mixing", "summary", "windows", "redaction", "objectives", "tokenizing"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"reporting", "isolation"},
     {"module", "datamodules", "callbacks", "harness", "tracking"},
@@ -83,7 +83,7 @@ def test_pure_rooms_know_no_models(room):
 
 
 def test_optional_and_heavy_packages_are_imported_where_they_are_used():
-    heavy = {"deepspeed", "wandb", "matplotlib", "flash_attn", "peft", "lm_eval"}
+    heavy = {"datasets", "deepspeed", "wandb", "matplotlib", "flash_attn", "peft", "lm_eval"}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Import | ast.ImportFrom):

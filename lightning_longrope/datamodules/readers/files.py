@@ -209,26 +209,40 @@ def _read_text(chunks: Chunks) -> Reader:
 def _read_parquet(file: Path, fields: Fields, meter: Meter) -> Iterator[Item]:
     from pyarrow import ArrowException, parquet
 
-    number, rows, size = 0, 0, file.stat().st_size
     try:
-        table = parquet.ParquetFile(file, pre_buffer=False)
-        columns, rows = table.schema_arrow.names, table.metadata.num_rows
-        if not callable(fields.text) and fields.text not in columns:
-            why = f"no column {fields.text!r}, only {columns} (`text_field` names the text)"
-            yield BadRecord("missing_field", why, file, 1)
-            return
-        names = [name for name in columns if fields.columns is None or name in fields.columns]
-        for batch in table.iter_batches(batch_size=ROWS, columns=names):
-            for row in range(len(batch)):
-                number += 1
-                meter.bytes = size * number // rows
-                try:
-                    record = {name: column[row].as_py() for name, column in zip(names, batch.columns, strict=True)}
-                    yield fields.document(record, file, number)
-                except UnicodeDecodeError as error:
-                    yield BadRecord("not_utf8", f"not UTF-8 ({error.reason})", file, number)
+        table = parquet.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
     except (ArrowException, OSError) as error:
-        yield _damaged(file, number + 1, error, f"; {rows - number} of {rows} rows are lost" if rows else "")
+        yield _damaged(file, 1, error)
+        return
+    columns = table.schema_arrow.names
+    if not callable(fields.text) and fields.text not in columns:
+        why = f"no column {fields.text!r}, only {columns} (`text_field` names the text)"
+        yield BadRecord("missing_field", why, file, 1)
+        return
+    names = [name for name in columns if fields.columns is None or name in fields.columns]
+    rows, size, number = table.metadata.num_rows, file.stat().st_size, 0
+    for group in range(table.num_row_groups):
+        end = number + table.metadata.row_group(group).num_rows
+        try:
+            for item in _read_group(table, group, names, file, fields, number):
+                number = item.record
+                meter.bytes = size * number // rows
+                yield item
+        except (ArrowException, OSError) as error:
+            yield _damaged(file, number + 1, error, f"; {end - number} of {rows} rows are lost")
+        number = end
+
+
+def _read_group(table: Any, group: int, names: list[str], file: Path, fields: Fields, number: int) -> Iterator[Item]:
+    """The rows of one row group, which can be read where another is damaged."""
+    for batch in table.iter_batches(batch_size=ROWS, row_groups=[group], columns=names):
+        for row in range(len(batch)):
+            number += 1
+            try:
+                record = {name: column[row].as_py() for name, column in zip(names, batch.columns, strict=True)}
+                yield fields.document(record, file, number)
+            except UnicodeDecodeError as error:
+                yield BadRecord("not_utf8", f"not UTF-8 ({error.reason})", file, number)
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -96,4 +96,6 @@ class HubReading(Reading):
             raise ValueError(f"Cannot load the data set {str(self.name)!r}: {' '.join(str(error).split())}") from error
         if not isinstance(data, datasets.IterableDataset):
             self._rows = len(data)
+            if first >= len(data):
+                return iter(())
         return iter(data.skip(first))
