@@ -1,6 +1,7 @@
 """Search algorithms for rescale factors: pure, with no models, no ranks, and no files but the journal."""
 
 from lightning_longrope.search.algorithm import SearchAlgorithm, SearchResult
+from lightning_longrope.search.critical import LongRoPE2Search
 from lightning_longrope.search.evolution import EvolutionSearch
 from lightning_longrope.search.journal import Journal, read_journal
 from lightning_longrope.search.ramp import RampSearch
@@ -11,6 +12,7 @@ __all__ = [
     "Candidate",
     "EvolutionSearch",
     "Journal",
+    "LongRoPE2Search",
     "RampSearch",
     "SearchAlgorithm",
     "SearchResult",

@@ -74,13 +74,20 @@ class SearchAlgorithm(ABC):
         Uses ``space``, ``rng``, ``limit``, ``ranked`` and ``_new``. Candidates that were scored before cost nothing.
         """
 
-    def start(self, space: SearchSpace, seed: int = 0, max_evaluations: int | None = None) -> Self:
+    def adapt(self, space: SearchSpace) -> SearchSpace:
+        """The space as this algorithm searches it; by default as it is given."""
+        return space
+
+    def start(
+        self, space: SearchSpace, seed: int = 0, max_evaluations: int | None = None, patience: int | None = None
+    ) -> Self:
         """Begins a search, forgetting any earlier one.
 
         Args:
             space: What may be proposed.
             seed: Of all randomness; the same seed and scores give the same candidates.
             max_evaluations: Most candidates to score, the setting of the algorithm by default.
+            patience: End after so many candidates without a better one; None goes on to the budget.
 
         Returns:
             The algorithm itself.
@@ -88,7 +95,9 @@ class SearchAlgorithm(ABC):
         limit = self.max_evaluations if max_evaluations is None else max_evaluations
         if limit is not None and limit < 1:
             raise ValueError(f"`max_evaluations` must be at least 1, got {limit}.")
-        self._space, self._seed, self._limit = space, seed, limit
+        if patience is not None and patience < 1:
+            raise ValueError(f"`patience` must be at least 1, got {patience}.")
+        self._space, self._seed, self._limit, self._patience = self.adapt(space), seed, limit, patience
         self._rng = np.random.default_rng(seed)
         self._scores: dict[Candidate, float] = {}
         self._told: list[dict[str, Any]] = []
@@ -139,7 +148,7 @@ class SearchAlgorithm(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the candidates apart from the scores, as JSON values."""
         settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        run = {"seed": self._seed, "limit": self._limit, "space": asdict(self._space)}
+        run = {"seed": self._seed, "limit": self._limit, "patience": self._patience, "space": asdict(self._space)}
         return dict(strict_json({"algorithm": type(self).__name__, "settings": settings, **run}))
 
     def ask(self) -> list[Candidate]:
@@ -185,7 +194,7 @@ class SearchAlgorithm(ABC):
             ValueError: If the settings differ, or the same settings no longer give the same candidates.
         """
         check_fingerprint(state["fingerprint"], self.fingerprint, "The saved state")
-        self.start(self._space, self._seed, self._limit)
+        self.start(self._space, self._seed, self._limit, self._patience)
         for number, entry in enumerate(state["generations"]):
             candidates = self.ask()
             if _checksum(candidates) != entry["crc"]:
@@ -206,7 +215,7 @@ class SearchAlgorithm(ABC):
         taken = dict.fromkeys(batch)
         for _ in range(count):
             for attempt in range(2 * _TRIES):
-                candidate = propose() if attempt < _TRIES else self.space.random(self.rng)
+                candidate = propose() if attempt < _TRIES else self._anywhere()
                 if candidate not in taken and candidate not in self._scores:
                     taken[candidate] = None
                     break
@@ -214,11 +223,15 @@ class SearchAlgorithm(ABC):
                 break
         return list(taken)
 
+    def _anywhere(self) -> Candidate:
+        """A random candidate."""
+        return self.space.random(self.rng)
+
     def _advance(self) -> list[Candidate]:
         """Runs the algorithm until it yields something new, which becomes the next generation."""
         for _ in range(_BARREN):
             left = math.inf if self._limit is None else self._limit - self.evaluations
-            if left <= 0:
+            if left <= 0 or self._out_of_patience:
                 break
             try:
                 if self._yielded is None:
@@ -232,6 +245,13 @@ class SearchAlgorithm(ABC):
                 self._check(fresh)
                 return fresh[: int(min(left, len(fresh)))]
         return []
+
+    @property
+    def _out_of_patience(self) -> bool:
+        if self._patience is None or not self._scores:
+            return False
+        since = len(self._scores) - 1 - list(self._scores).index(self.ranked()[0])
+        return since >= self._patience
 
     def _check(self, candidates: list[Candidate]) -> None:
         for candidate in candidates:

@@ -55,30 +55,39 @@ class EvolutionSearch(SearchAlgorithm):
         return self.parents
 
     def _generations(self) -> Generations:
+        yield from self._evolve(list(dict.fromkeys(self.space.seeds())))
+
+    def _evolve(self, seeds: list[Candidate]) -> Generations:
+        """The first population, from seeds and mutants of them, and the generations after it."""
         halved = self.halve_beyond is not None and self.space.target_length > self.halve_beyond
         population, mutants, crossovers = (
             # Halves are rounded up: a single mutant stays one.
             (number + 1) // 2 if halved else number
             for number in (self.population, self.mutants, self.crossovers)
         )
-        seeds = list(dict.fromkeys(self.space.seeds()))[:population]
-        yield self._new(population - len(seeds), partial(self._mutant, seeds), seeds)
+        yield self._new(population - len(seeds), partial(self._mutant, seeds), seeds[:population])
         for _ in range(self.iterations):
             parents = self.ranked()[: self.parents]
             offspring = self._new(mutants, partial(self._mutant, parents))
-            yield self._new(crossovers, partial(child, self, parents), offspring)
+            yield self._new(crossovers, partial(self._child, parents), offspring)
 
     def _mutant(self, parents: list[Candidate]) -> Candidate:
         return mutant(self, parents[self.rng.integers(len(parents))], self.probability)
 
+    def _child(self, parents: list[Candidate]) -> Candidate:
+        return child(self, parents)
+
 
 def mutant(search: SearchAlgorithm, parent: Candidate, probability: float) -> Candidate:
-    """The paper's mutation of every gene, the start tokens included."""
+    """The paper's mutation of every gene, start tokens and attention factor included."""
     space, rng = search.space, search.rng
     genes = mutate(space.encode(parent), probability, *space.gene_bounds, rng, monotone=space.monotone)
-    redraw = rng.random() < probability
-    tokens = space.start_tokens[rng.integers(len(space.start_tokens))] if redraw else parent.start_tokens
-    return space.decode(genes, tokens, "mutant")
+    tokens, attention = parent.start_tokens, parent.attention_factor
+    if rng.random() < probability:
+        tokens = space.start_tokens[rng.integers(len(space.start_tokens))]
+    if len(space.attention_factors) > 1 and rng.random() < probability:
+        attention = space.attention_factors[rng.integers(len(space.attention_factors))]
+    return space.decode(genes, tokens, "mutant", attention)
 
 
 def child(search: SearchAlgorithm, parents: list[Candidate]) -> Candidate:
@@ -89,7 +98,10 @@ def child(search: SearchAlgorithm, parents: list[Candidate]) -> Candidate:
     mother, father = (parents[i] for i in rng.choice(len(parents), size=2, replace=False))
     genes = crossover(space.encode(mother), space.encode(father), rng, monotone=space.monotone)
     tokens = (mother, father)[rng.integers(2)].start_tokens
-    return space.decode(genes, tokens, "crossover")
+    attention = mother.attention_factor
+    if father.attention_factor != attention and rng.random() < 0.5:
+        attention = father.attention_factor
+    return space.decode(genes, tokens, "crossover", attention)
 
 
 def check_counts(least: int = 1, **counts: int) -> None:

@@ -1,13 +1,14 @@
-"""The default search: the best YaRN-like ramp first, then a small evolution that bends it.
+"""The default search: the best YaRN-like ramp, in three numbers, and then, on request, an evolution that bends it.
 
-In four numbers a ramp already holds most of what a search can win, so few evaluations find a good one; the
-evolution then moves what a ramp cannot. It starts from YaRN, so under its own objective it never ends worse.
+Three numbers hold most of what a search can win and can hardly be fitted to the documents of the search, so few
+documents and few evaluations find them. The ramp's slow end stays at the extension ratio: those pairs never turned
+once in the pretrained window, and a smaller factor would show the model angles it has not seen.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,16 @@ from lightning_longrope.search.evolution import check_counts, check_share, child
 from lightning_longrope.search.operators import scale_block
 from lightning_longrope.search.space import Candidate, SearchSpace
 
-_RAMP_STEPS = 5  # ramps asked together while stepping: few, for each batch knows the one before
+START = (10.0, 0.55, -1.4)
+"""First and last pair, as turns in the pretrained window, and bend: the middle of what trained models chose."""
+
+SPREAD = (0.8, 0.5, 0.5)
+"""First standard deviations of the logarithms of those turns and of the bend."""
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """Factors that are 1 up to a pair, largest from another on, and change evenly in between.
+    """Factors that are 1 up to a pair, largest from another on, and a power mean of both in between.
 
         factor  1 1 1 1 . . ' ' 8 8 8
                       ^first  ^last
@@ -32,26 +37,32 @@ class Ramp:
         first: Last pair that keeps its speed; fractions allowed.
         last: First pair with the largest factor; above ``first``.
         largest: The largest factor.
-        harmonic: Whether the speed (1 / factor) changes evenly, as in YaRN, or the logarithm of the factor.
+        bend: Exponent of the power mean: at -1 the speed (1 / factor) changes evenly, as in YaRN; at 0 the logarithm
+            of the factor; below, the factors stay small for longer.
     """
 
     first: float
     last: float
     largest: float
-    harmonic: bool
+    bend: float
 
     def values(self, pairs: int) -> NDArray[np.float64]:
         """Factors of all pairs, [F] float64."""
         blend = np.clip((np.arange(pairs) - self.first) / (self.last - self.first), 0, 1)
-        return 1 / (1 - blend + blend / self.largest) if self.harmonic else self.largest**blend
+        if abs(self.bend) < 1e-6:
+            return self.largest**blend
+        return (1 - blend + blend * self.largest**self.bend) ** (1 / self.bend)
 
 
 class RampSearch(SearchAlgorithm):
-    """Ramps, then evolution: good factors in about 100 evaluations.
+    """CMA-ES over the three numbers of a ramp, then evolution if the budget leaves room for it.
+
+    Asks for YaRN's own ramp first, so under its own objective it never ends worse than that.
 
     Args:
         max_evaluations: Budget when the run names none.
-        ramp_share: Share of the budget spent on ramps: a third of them at random, the rest around the best.
+        ramp_share: Share of the budget spent on ramps; the rest goes to the evolution.
+        generation: Ramps asked for together.
         population: Number of best candidates that have offspring in the evolution.
         mutants: Mutants per generation.
         crossovers: Crossovers per generation.
@@ -61,8 +72,9 @@ class RampSearch(SearchAlgorithm):
 
     def __init__(
         self,
-        max_evaluations: int = 100,
-        ramp_share: float = 0.4,
+        max_evaluations: int = 40,
+        ramp_share: float = 1.0,
+        generation: int = 7,
         population: int = 12,
         mutants: int = 8,
         crossovers: int = 8,
@@ -71,9 +83,11 @@ class RampSearch(SearchAlgorithm):
     ) -> None:
         check_counts(max_evaluations=max_evaluations, population=population, offspring=mutants + crossovers)
         check_counts(least=0, mutants=mutants, crossovers=crossovers)
+        check_counts(least=3, generation=generation)
         check_share(ramp_share=ramp_share, block_share=block_share, probability=probability)
         self.max_evaluations = max_evaluations
         self.ramp_share = ramp_share
+        self.generation_size = generation
         self.population = population
         self.mutants = mutants
         self.crossovers = crossovers
@@ -94,40 +108,44 @@ class RampSearch(SearchAlgorithm):
             yield self._new(self.crossovers, partial(child, self, parents), offspring)
 
     def _ramps(self, budget: int) -> Generations:
-        """Spends ``budget`` evaluations on ramps: seeds and random ones, then steps from the best, ever smaller."""
-        tried: dict[Candidate, Ramp] = {}
+        """Spends ``budget`` evaluations on ramps; the last is the middle of what the steps have come to."""
+        yarn = self.space.candidate(yarn_ramp(self.space).values(self.space.pairs), origin="seed:yarn")
+        warm = [seed for seed in self.space.seeds() if seed.origin == "seed:warm"]
+        optimizer = self._optimizer(self._nearest(warm[0]) if warm else np.zeros(3))
+        yield [yarn, *warm, self._ramp(optimizer.x0)]
+        while self.evaluations < budget - 1 and not optimizer.stop():
+            points = optimizer.ask()
+            scores = yield [self._ramp(point) for point in points]
+            optimizer.tell(points, scores)
+        yield [self._ramp(optimizer.result.xfavorite)]
 
-        def propose(make: Callable[[], Ramp]) -> Candidate:
-            ramp = make()
-            candidate = self.space.candidate(ramp.values(self.space.pairs), origin="ramp")
-            tried[candidate] = ramp
-            return candidate
+    def _optimizer(self, start: NDArray[np.float64]) -> Any:
+        import cma  # half a second that other searches need not pay
 
-        # YaRN first, should the budget end here. As a ramp it is the same candidate, and one to step from.
-        seeds = list(dict.fromkeys([*reversed(self.space.seeds()), propose(partial(yarn_ramp, self.space))]))
-        yield self._new(budget // 3 - len(seeds), partial(propose, self._random_ramp), seeds)
-        while self.evaluations < budget:
-            best = tried[next(candidate for candidate in self.ranked() if candidate in tried)]
-            step = 0.15 * 0.1 ** (self.evaluations / budget)
-            count = min(_RAMP_STEPS, budget - self.evaluations)
-            batch = self._new(count, partial(propose, partial(self._step, best, step)))
-            if not batch:
-                return
-            yield batch
+        # Own randomness, and no seed: by default cma seeds and draws from numpy's global generator.
+        options = {"popsize": self.generation_size, "verbose": -9, "seed": math.nan, "randn": self._normal}
+        return cma.CMAEvolutionStrategy(start, 1.0, options)
 
-    def _random_ramp(self) -> Ramp:
-        first = self.rng.uniform(0, 0.7 * self.space.pairs)
-        last = self.rng.uniform(first + 1, max(self.space.pairs, first + 2))
-        largest = math.exp(self.rng.uniform(*np.log(largest_range(self.space))))
-        return Ramp(first, last, largest, bool(self.rng.random() < 0.5))
+    def _nearest(self, candidate: Candidate) -> NDArray[np.float64]:
+        """The point whose ramp is nearest to a candidate, by the logarithms of the factors."""
+        target, optimizer = np.log(candidate.values), self._optimizer(np.zeros(3))
+        while not optimizer.stop():
+            points = optimizer.ask()
+            optimizer.tell(points, [float(np.square(np.log(self._ramp(p).values) - target).sum()) for p in points])
+        return np.array(optimizer.result.xbest)
 
-    def _step(self, ramp: Ramp, size: float) -> Ramp:
-        """A ramp near by: its ends moved by about ``size`` of all pairs, its largest factor by about ``size`` of it."""
-        first, last = np.array([ramp.first, ramp.last]) + size * self.space.pairs * self.rng.standard_normal(2)
-        first = min(max(first, -1.0), self.space.pairs - 2.0)
-        low, high = largest_range(self.space)
-        largest = min(max(ramp.largest * math.exp(size * self.rng.standard_normal()), low), high)
-        return Ramp(first, max(last, first + 1), largest, ramp.harmonic ^ bool(self.rng.random() < 0.2))
+    def _normal(self, *shape: int) -> NDArray[np.float64]:
+        return self.rng.standard_normal(shape)
+
+    def _ramp(self, point: NDArray[np.float64]) -> Candidate:
+        """The ramp at a point, [3], in standard deviations from the start."""
+        first, last = (
+            pair_with_turns(self.space, turns * math.exp(spread * float(step)))
+            for turns, spread, step in zip(START, SPREAD, point[:2], strict=False)
+        )
+        bend = START[2] + SPREAD[2] * float(point[2])
+        ramp = Ramp(first, max(last, first + 1), largest_factor(self.space), bend)
+        return self.space.candidate(ramp.values(self.space.pairs), origin="ramp")
 
     def _mutant(self, parents: list[Candidate]) -> Candidate:
         parent = parents[int(len(parents) * self.rng.random() ** 2)]  # the better, the more often
@@ -140,19 +158,22 @@ class RampSearch(SearchAlgorithm):
         return self.space.candidate(values, parent.start_tokens, "block")
 
 
-def largest_range(space: SearchSpace) -> tuple[float, float]:
-    """Half to 1.25 times the extension ratio, within the space."""
+def largest_factor(space: SearchSpace) -> float:
+    """The extension ratio, within the space; where nothing is extended, the largest factor of the space."""
     low, high = (1 + space.step * gene for gene in space.gene_bounds)
-    return min(max(0.5 * space.scale, low), high), min(max(1.25 * space.scale, low), high)
+    return min(max(space.scale, low), high) if space.scale > 1 else high
+
+
+def pair_with_turns(space: SearchSpace, turns: float) -> float:
+    """The pair, fractions allowed, that turns so often in the pretrained window."""
+    assert space.pretrained_length is not None
+    wavelength = space.pretrained_length / (turns * 2 * math.pi)
+    return space.pairs * math.log(wavelength) / math.log(space.base)
 
 
 def yarn_ramp(space: SearchSpace) -> Ramp:
-    """The ramp that is YaRN: harmonic, from the pair with 32 turns over the original length to that with one."""
-
-    def pair(turns: float) -> float:
-        wavelength = space.original_length / (turns * 2 * math.pi)
-        return space.pairs * math.log(wavelength) / math.log(space.base)
-
-    first = max(math.floor(pair(32)), 0)
-    last = min(math.ceil(pair(1)), space.rotary_size - 1)
-    return Ramp(first, max(last, first + 0.001), space.scale, harmonic=True)
+    """The ramp that is YaRN: from the pair with 32 turns over the original length to that with one."""
+    space = replace(space, pretrained_length=space.original_length)
+    first = max(math.floor(pair_with_turns(space, 32)), 0)
+    last = min(math.ceil(pair_with_turns(space, 1)), space.rotary_size - 1)
+    return Ramp(first, max(last, first + 0.001), space.scale, bend=-1)

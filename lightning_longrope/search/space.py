@@ -60,7 +60,12 @@ class SearchSpace:
         start_tokens: Allowed numbers of start tokens.
         pinned: Number of fastest pairs held at 1. The paper has 0; retrieval is safer with 2 to 4.
         monotone: Whether factors must not fall from one pair to the next slower one.
-        attention_factor: The same for all candidates; ``sqrt(1 + ln s / ln L)`` by default.
+        attention_factor: Of all candidates that an algorithm gives no other; ``sqrt(1 + ln s / ln L)`` by default, or
+            the nearest to that of ``attention_factors``.
+        attention_factors: Allowed attention factors, as a gene of the evolution; by default that one alone.
+        pretrained_length: Window whose turns the model has learnt, in tokens; ``original_length`` by default. They
+            differ where candidates multiply the factors of an earlier extension.
+        warm_start: Factors found for a shorter window, which are stretched to this one and tried first.
 
     Raises:
         ValueError: If no candidate can satisfy the arguments.
@@ -79,16 +84,28 @@ class SearchSpace:
     pinned: int = 0
     monotone: bool = True
     attention_factor: float | None = None
+    attention_factors: tuple[float, ...] = ()
+    pretrained_length: int | None = None
+    warm_start: RescaleFactors | None = None
 
     def __post_init__(self) -> None:
         self._check_model()
         if self.max_factor is None:
             object.__setattr__(self, "max_factor", 1.25 * self.scale)
-        if self.attention_factor is None:
-            lengths = {"original_length": self.original_length, "target_length": self.target_length}
-            object.__setattr__(self, "attention_factor", longrope_attention_factor(**lengths))
+        object.__setattr__(self, "pretrained_length", self.pretrained_length or self.original_length)
         object.__setattr__(self, "start_tokens", tuple(self.start_tokens))
+        self._settle_attention()
         self._check_ranges()
+
+    def _settle_attention(self) -> None:
+        default = self.attention_factor
+        if default is None:
+            lengths = {"original_length": self.original_length, "target_length": self.target_length}
+            default = longrope_attention_factor(**lengths)
+            if self.attention_factors:
+                default = min(self.attention_factors, key=lambda factor: abs(factor - default))
+        object.__setattr__(self, "attention_factor", default)
+        object.__setattr__(self, "attention_factors", tuple(self.attention_factors) or (default,))
 
     @property
     def pairs(self) -> int:
@@ -128,25 +145,37 @@ class SearchSpace:
             and all(math.isfinite(value) for value in candidate.values)
             and self.project(candidate.values) == candidate.values
             and candidate.start_tokens in self.start_tokens
-            and candidate.attention_factor == self.attention_factor
+            and candidate.attention_factor in self.attention_factors
         )
 
     def encode(self, candidate: Candidate) -> Genes:
         """Grid steps above 1 of the free pairs, [G] int64."""
         return self._genes(candidate.values)
 
-    def decode(self, genes: Genes, start_tokens: int | None = None, origin: str = "") -> Candidate:
-        """The candidate of [G] genes; without ``start_tokens``, of the smallest allowed number."""
-        return self._candidate(self._values(genes), start_tokens, origin)
+    def decode(
+        self, genes: Genes, start_tokens: int | None = None, origin: str = "", attention_factor: float | None = None
+    ) -> Candidate:
+        """The candidate of [G] genes; by default with the fewest start tokens and the space's attention factor."""
+        return self._candidate(self._values(genes), start_tokens, origin, attention_factor)
 
     def candidate(
         self, values: Sequence[float] | NDArray[np.float64], start_tokens: int | None = None, origin: str = ""
     ) -> Candidate:
         """The candidate of F factors, projected into the space."""
-        return self._candidate(self.project(values), start_tokens, origin)
+        return self._candidate(self.project(values), start_tokens, origin, None)
 
     def seeds(self) -> list[Candidate]:
-        """Linear (PI), NTK and YaRN, projected into the space; they may coincide."""
+        """Linear (PI), NTK and YaRN, projected into the space, and the stretched ``warm_start``; they may coincide."""
+        return self._formulas() + (
+            [] if self.warm_start is None else [self.candidate(self._warm(), origin="seed:warm")]
+        )
+
+    def _warm(self) -> NDArray[np.float64]:
+        """The warm start with the logarithm of every factor stretched as that of the extension ratio."""
+        assert self.warm_start is not None
+        return np.array(self.warm_start.values) ** (math.log(self.scale) / math.log(self.warm_start.scale))
+
+    def _formulas(self) -> list[Candidate]:
         methods = {"linear": RescaleFactors.linear, "ntk": RescaleFactors.ntk, "yarn": RescaleFactors.yarn}
         return [
             self.candidate(
@@ -170,10 +199,12 @@ class SearchSpace:
         values = np.concatenate([np.ones(self.pinned), free])
         return self.candidate(values, self.start_tokens[rng.integers(len(self.start_tokens))], "random")
 
-    def _candidate(self, values: tuple[float, ...], start_tokens: int | None, origin: str) -> Candidate:
+    def _candidate(
+        self, values: tuple[float, ...], start_tokens: int | None, origin: str, attention_factor: float | None
+    ) -> Candidate:
         assert self.attention_factor is not None
         tokens = min(self.start_tokens) if start_tokens is None else int(start_tokens)
-        return Candidate(values, tokens, self.attention_factor, origin)
+        return Candidate(values, tokens, attention_factor or self.attention_factor, origin)
 
     def _genes(self, values: Sequence[float] | NDArray[np.float64]) -> Genes:
         array = np.asarray(values, dtype=np.float64)
@@ -219,5 +250,18 @@ class SearchSpace:
             )
         if not self.start_tokens or min(self.start_tokens) < 0:
             raise ValueError(f"`start_tokens` needs at least one value, none negative, got {self.start_tokens}.")
-        if not (math.isfinite(self.attention_factor) and self.attention_factor > 0):
-            raise ValueError(f"`attention_factor` must be positive and finite, got {self.attention_factor}.")
+        factors = (self.attention_factor, *self.attention_factors)
+        if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+            raise ValueError(f"`attention_factor` and `attention_factors` must be positive and finite, got {factors}.")
+        if self.attention_factor not in self.attention_factors:
+            raise ValueError(
+                f"`attention_factor` ({self.attention_factor}) must be one of `attention_factors`"
+                f" {self.attention_factors}."
+            )
+        if self.warm_start is not None and not (
+            len(self.warm_start.values) == self.pairs and self.warm_start.scale > 1
+        ):
+            raise ValueError(
+                f"`warm_start` needs {self.pairs} factors of a longer window than the model's, got"
+                f" {len(self.warm_start.values)} for {self.warm_start.scale:g} times the window."
+            )

@@ -4,25 +4,29 @@ import copy
 import json
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.search import (
     EvolutionSearch,
     Journal,
+    LongRoPE2Search,
     RampSearch,
     SearchAlgorithm,
     SearchSpace,
     SmoothSearch,
 )
+from lightning_longrope.search.critical import critical_range
 from lightning_longrope.search.evolution import child
-from lightning_longrope.search.ramp import Ramp, yarn_ramp
+from lightning_longrope.search.ramp import START, Ramp, yarn_ramp
 from tests.unit.test_search_space import valid
 
-ALGORITHMS = [EvolutionSearch, SmoothSearch, RampSearch]
+ALGORITHMS = [EvolutionSearch, SmoothSearch, RampSearch, LongRoPE2Search]
 SHAPE = {"rotary_size": 64, "base": 10_000.0, "original_length": 128, "target_length": 1024}
 SPACE = SearchSpace(**SHAPE, pinned=4, start_tokens=(0, 4, 16))
 
@@ -67,9 +71,9 @@ def test_every_candidate_is_in_the_space_and_none_comes_twice(algorithm, pairs, 
     search = algorithm().start(space, seed, max_evaluations=90)
     noise = np.random.default_rng(seed)
     seen = [candidate for batch in run(search, lambda _: noise.random()) for candidate in batch]
-    assert all(valid(candidate, space) for candidate in seen)
+    assert all(valid(candidate, search.space) for candidate in seen)
     assert len(set(seen)) == len(seen) == search.evaluations <= 90
-    assert len(seen) == 90 or step == 1.0 or ratio == 1
+    assert len(seen) == 90 or step == 1.0 or ratio == 1 or algorithm is LongRoPE2Search
 
 
 def test_the_papers_search_asks_1344_different_candidates():
@@ -111,7 +115,8 @@ def test_parents_are_the_best_of_all_candidates_so_far():
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "budget", "bar"), [(EvolutionSearch, 1344, 0.5), (SmoothSearch, 200, 0.5), (RampSearch, 200, 0.5)]
+    ("algorithm", "budget", "bar"),
+    [(EvolutionSearch, 1344, 0.5), (SmoothSearch, 200, 0.5), (partial(RampSearch, ramp_share=0.4), 200, 0.5)],
 )
 def test_finds_a_hidden_table(algorithm, budget, bar):
     """``bar``: distance left, as a share of that of the best seed; the median of five tables."""
@@ -127,21 +132,98 @@ def test_finds_a_hidden_table(algorithm, budget, bar):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_hundred_evaluations_of_ramp_search_beat_yarn_even_near_yarn(seed):
-    yarn = SPACE.seeds()[2]
-    bend = np.cumsum(np.random.default_rng(seed).standard_normal(SPACE.pairs)) * 0.05
-    target = np.log(SPACE.project(np.array(yarn.values) * np.exp(bend)))
+def test_eighty_evaluations_of_ramp_search_come_near_a_hidden_ramp(seed):
+    rng = np.random.default_rng(seed)
+    first, last, bend = rng.uniform(0, 6), rng.uniform(9, 16), rng.uniform(-2, 0)
+    target = np.log(Ramp(first, last, SPACE.scale, bend).values(SPACE.pairs))
 
     def fitness(candidate):
         return float(np.square(np.log(candidate.values) - target).sum())
 
-    search = RampSearch().start(SPACE, seed)
+    search = RampSearch().start(SPACE, seed, max_evaluations=80)
     batches = run(search, fitness)
-    assert search.evaluations == 100
-    assert search.best[1] < 0.9 * fitness(yarn)
-    ramps = sum(candidate.origin == "ramp" for batch in batches for candidate in batch)
-    assert ramps + 3 == 40  # with the seeds, the ramp share of the budget
-    assert {candidate.origin for batch in batches for candidate in batch} >= {"block", "mutant", "crossover"}
+    assert search.evaluations == 80
+    assert search.best[1] < 0.05 < fitness(SPACE.seeds()[2])
+    assert {candidate.origin for batch in batches for candidate in batch} == {"seed:yarn", "ramp"}
+
+
+def test_genes_after_ramps_find_what_no_ramp_is():
+    fitness = distance(SPACE)
+    ramps, both = RampSearch().start(SPACE, max_evaluations=200), RampSearch(ramp_share=0.3)
+    batches = run(both.start(SPACE, max_evaluations=200), fitness)
+    origins = [candidate.origin for batch in batches for candidate in batch]
+    assert set(origins[60:]) >= {"block", "mutant", "crossover"}
+    assert set(origins[:57]) == {"seed:yarn", "ramp"}
+    run(ramps, fitness)
+    assert both.best[1] < 0.9 * min(fitness(c) for batch in batches[:5] for c in batch)
+
+
+def test_a_warm_start_is_asked_first_and_begins_near_the_table_of_the_shorter_window():
+    shape = {**SHAPE, "pinned": 0}
+    short = SearchSpace(**{**shape, "target_length": 512})
+    ramp = Ramp(5.0, 15.5, short.scale, -0.6)
+    found = RescaleFactors(tuple((ramp.values(32) * np.linspace(1, 1.05, 32)).tolist()), 128, 512)
+    space = SearchSpace(**shape, warm_start=found)
+    first = RampSearch().start(space).ask()
+    assert [candidate.origin for candidate in first] == ["seed:yarn", "seed:warm", "ramp"]
+    stretched = [value ** (math.log(8) / math.log(4)) for value in found.values]
+    assert first[1].values == pytest.approx(stretched, abs=0.00501)
+    assert first[1] in EvolutionSearch().start(space).ask()
+    cold = RampSearch().start(SearchSpace(**shape)).ask()[-1]
+    far, near = (np.abs(np.log(c.values) - np.log(stretched)).max() for c in (cold, first[2]))
+    assert near < far / 4
+    with pytest.raises(ValueError, match="`warm_start` needs 32 factors"):
+        SearchSpace(**shape, warm_start=RescaleFactors((1.0, 2.0), 128, 512))
+
+
+def test_patience_ends_a_search_that_finds_nothing_better():
+    search = EvolutionSearch(population=10, mutants=4, crossovers=4, parents=4).start(SPACE, patience=20)
+    batches = run(search, lambda candidate: 0.0 if candidate.origin == "seed:ntk" else 1.0)
+    assert [len(batch) for batch in batches] == [10, 8, 8]  # the second of all is the best, and 24 come after it
+    assert search.fingerprint["patience"] == 20
+    with pytest.raises(ValueError, match="`patience`"):
+        EvolutionSearch().start(SPACE, patience=0)
+
+
+def test_evolution_finds_the_attention_factor_where_it_is_a_gene():
+    space = SearchSpace(**SHAPE, start_tokens=(0,), attention_factors=(1.0, 1.1, 1.2, 1.3))
+    assert space.attention_factor == 1.2  # sqrt(1 + ln 8 / ln 128) = 1.195
+    search = EvolutionSearch(population=20, iterations=6).start(space)
+    batches = run(search, lambda c: abs(c.attention_factor - 1.0) + 0.01 * c.values[3])
+    assert {c.attention_factor for batch in batches for c in batch} == {1.0, 1.1, 1.2, 1.3}
+    assert {c.attention_factor for c in batches[0][:3]} == {1.2}
+    assert search.best[0].attention_factor == 1.0
+    assert all(space.contains(c) for batch in batches for c in batch)
+    with pytest.raises(ValueError, match="must be one of `attention_factors`"):
+        SearchSpace(**SHAPE, attention_factor=1.05, attention_factors=(1.0, 1.1))
+
+
+@pytest.mark.parametrize(
+    ("rotary_size", "base", "length", "expected"),
+    [(128, 500_000.0, 8192, (24, 35)), (96, 10_000.0, 2048, (19, 31)), (128, 10_000.0, 4096, (30, 46))],
+)
+def test_the_critical_pairs_are_those_of_longrope2(rotary_size, base, length, expected):
+    """LLaMA 3 and Phi 3 as published; LLaMA 2's first was worked out by hand: 64 ln(65.19) / ln(1e4) = 29.02."""
+    space = SearchSpace(rotary_size=rotary_size, base=base, original_length=length, target_length=131_072)
+    assert critical_range(space) == expected
+
+
+def test_longrope2_candidates_are_ntk_before_the_critical_pair_and_within_s_and_2s_from_it_on():
+    search = LongRoPE2Search(population=32, iterations=8).start(SPACE)
+    target = 4  # the scores pull the critical pair to the fourth
+    batches = run(search, lambda c: abs(sum(value < 8 - 1e-9 for value in c.values) - target) + 1e-3 * c.values[-1])
+    low, high = critical_range(search.space)
+    assert (low, high) == (3, 11)
+    met = set()
+    for candidate in (c for batch in batches for c in batch):
+        pair = sum(value < 8 - 1e-9 for value in candidate.values)
+        met.add(pair)
+        assert low <= pair <= high
+        assert all(8 - 1e-9 <= value <= 16 + 1e-9 for value in candidate.values[pair:])
+        ntk = [candidate.values[pair] ** (i / pair) for i in range(pair)]
+        assert candidate.values[:pair] == pytest.approx(ntk, abs=0.00501)
+    assert met == set(range(low, high + 1))
+    assert sum(value < 8 - 1e-9 for value in search.best[0].values) == target
 
 
 def test_evolution_finds_the_start_tokens_and_smooth_search_leaves_them():
@@ -172,8 +254,22 @@ def test_the_smallest_budget_of_ramp_search_goes_to_yarn():
 
 
 def test_ramps_by_hand():
-    assert Ramp(1, 3, 4.0, harmonic=False).values(5).tolist() == pytest.approx([1, 1, 2, 4, 4])
-    assert Ramp(1, 3, 4.0, harmonic=True).values(5).tolist() == pytest.approx([1, 1, 1 / 0.625, 4, 4])
+    assert Ramp(1, 3, 4.0, bend=0).values(5).tolist() == pytest.approx([1, 1, 2, 4, 4])
+    assert Ramp(1, 3, 4.0, bend=-1).values(5).tolist() == pytest.approx([1, 1, 1 / 0.625, 4, 4])
+    assert Ramp(0, 4, 4.0, bend=1).values(5).tolist() == pytest.approx([1, 1.75, 2.5, 3.25, 4])
+
+
+def test_the_first_ramp_counts_turns_in_the_window_of_the_pretraining():
+    """Wavelengths of 12.8 and 232.7 tokens, which turn 10 and 0.55 times in 128, whatever was extended before."""
+    second = SearchSpace(**{**SHAPE, "original_length": 1024, "target_length": 8192}, pretrained_length=128)
+    for space in (SearchSpace(**SHAPE), second):
+        ramp = np.array(RampSearch().start(space).ask()[-1].values)
+        wavelengths = 2 * math.pi * 10_000 ** (np.arange(32) / 32)
+        assert (ramp[wavelengths < 128 / START[0]] == 1).all()
+        assert (ramp[wavelengths > 128 / START[1]] == 8).all()
+        between = (wavelengths > 128 / START[0] * 1.4) & (wavelengths < 128 / START[1] / 1.1)
+        assert between.sum() > 5
+        assert ((ramp > 1) & (ramp < 8))[between].all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
@@ -273,10 +369,10 @@ def test_a_space_of_a_few_points_ends_the_search(algorithm):
     )
     search = algorithm().start(space, max_evaluations=500)
     seen = [candidate for batch in run(search, lambda c: sum(c.values)) for candidate in batch]
-    everything = {(float(a), float(b)) for a in (1, 2, 3) for b in (1, 2, 3) if a <= b}
+    everything = {(float(a), float(b)) for a in range(1, 7) for b in range(1, 7) if a <= b}
     assert {candidate.values for candidate in seen} <= everything
     assert len(seen) == len(set(seen))
-    assert len(seen) == 6 or algorithm is SmoothSearch
+    assert len(seen) == 6 or algorithm in (SmoothSearch, LongRoPE2Search)
     assert search.done
 
 
@@ -306,7 +402,7 @@ def test_tell_takes_any_order_and_refuses_other_candidates():
     [
         (lambda: RampSearch().start(SPACE, 1), "seed"),
         (lambda: RampSearch(population=13).start(SPACE, 0), r"settings\.population"),
-        (lambda: RampSearch().start(SPACE, 0, 101), "limit"),
+        (lambda: RampSearch().start(SPACE, 0, 41), "limit"),
         (lambda: RampSearch().start(SearchSpace(**SHAPE, pinned=3, start_tokens=(0, 4, 16)), 0), r"space\.pinned"),
         (lambda: SmoothSearch().start(SPACE, 0), "algorithm"),
     ],
