@@ -23,8 +23,8 @@ class SearchDocument:
     Attributes:
         tokens: [S] int64.
         answer: Number of tokens at the end that answer a question about the text; 0 for plain text.
-        text: [S] bool, true on the tokens that count as text; all but the answer by default. A needle and its
-            question do not: predicting the second mention of a key is retrieval too.
+        text: Weight of each token as text, [S] bool or float; all but the answer by default. A needle and its
+            question have none: predicting the second mention of a key is retrieval too.
     """
 
     tokens: Tensor
@@ -33,9 +33,9 @@ class SearchDocument:
 
     @property
     def counted(self) -> Tensor:
-        """[S - 1] bool: whether predicting token ``t + 1`` counts as text."""
+        """How much predicting token ``t + 1`` counts as text, [S - 1] float64."""
         text = torch.arange(len(self.tokens)) < len(self.tokens) - self.answer if self.text is None else self.text
-        return text[1:]
+        return text[1:].double()
 
 
 class Objective:
@@ -49,6 +49,8 @@ class Objective:
         text: Weight of the mean nll of text tokens.
         answer: Weight of the mean nll of answer tokens.
         text_from: Share of the window before which text does not count; 0.5 counts its last half only.
+        end_weight: Weight of a text token in the last eighth of the window; the others have 1. Above 1 it keeps a
+            table from winning early in the window what it loses at the end, where few tokens say so.
         needle_depths: First and last depth of the pass keys, in [0, 1]; they are spread evenly over the documents.
             (0, 0) hides them at the start of the text, as LongRoPE2 does.
 
@@ -61,20 +63,24 @@ class Objective:
     def __init__(
         self,
         text: float = 1.0,
-        answer: float = 1.0,
+        answer: float = 0.1,
         text_from: float = 0.0,
+        end_weight: float = 5.0,
         needle_depths: tuple[float, float] = (0.0, 0.5),
     ) -> None:
         if not (min(text, answer) >= 0 and 0 < text + answer < math.inf):
             raise ValueError(f"`text` and `answer` must not be negative nor both 0, got {text} and {answer}.")
         if not 0 <= text_from < 1:
             raise ValueError(f"`text_from` is a share of the window, from 0 to below 1, got {text_from}.")
+        if not 0 < end_weight < math.inf:
+            raise ValueError(f"`end_weight` must be positive and finite, got {end_weight}.")
         low, high = needle_depths
         if not 0 <= low <= high <= 1:
             raise ValueError(f"`needle_depths` must rise within [0, 1], got {tuple(needle_depths)}.")
         self.text = text
         self.answer = answer
         self.text_from = text_from
+        self.end_weight = end_weight
         self.needle_depths = (low, high)
 
     @property
@@ -99,15 +105,16 @@ class Objective:
             tokenizer: Tokenizer of the model, where ``needs_tokenizer``.
             seed: Seed of the keys.
         """
-        late = torch.arange(length) >= self.text_from * length
+        place = torch.arange(length) / length
+        weights = torch.where(place >= 0.875, self.end_weight, 1.0) * (place >= self.text_from)
         if not self.answer:
-            return [SearchDocument(text[:length], text=late) for text in texts]
+            return [SearchDocument(text[:length], text=weights) for text in texts]
         rows, (low, high) = [], self.needle_depths
         for index, text in enumerate(texts):
             depth = low + (index + 0.5) / len(texts) * (high - low)
             prompt = PasskeyPrompts(tokenizer, filler="text", text=text, seed=seed).prompt(length, depth, index)
             assert prompt.filler is not None, "prompts filled with text know which of their tokens it is"
-            rows.append(SearchDocument(prompt.tokens, prompt.answer, prompt.filler & late))
+            rows.append(SearchDocument(prompt.tokens, prompt.answer, prompt.filler * weights))
         return rows
 
     def value(self, text: float, answer: float) -> float:
@@ -121,7 +128,11 @@ class Objective:
         return sum(parts[1:], parts[0])
 
 
-OBJECTIVES = {"mixed": Objective(), "needle": Objective(text=0.0), "perplexity": Objective(answer=0.0)}
+OBJECTIVES = {
+    "mixed": Objective(),
+    "needle": Objective(text=0.0, answer=1.0, end_weight=1.0),
+    "perplexity": Objective(answer=0.0, end_weight=1.0),
+}
 """Objectives that have a name."""
 
 

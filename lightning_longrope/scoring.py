@@ -172,11 +172,11 @@ def row_sums(model: Any, factors: Sequence[RescaleFactors], documents: Sequence[
     input_ids = torch.stack([document.tokens for document in documents]).to(model.device)
     with candidate_rows(model, list(factors)):
         nll = token_nll(model, input_ids).double().cpu()
-    counted = torch.stack([document.counted for document in documents])
-    answers = torch.arange(nll.shape[1]) >= nll.shape[1] - answer
-    # where() and not a product: a NaN outside of a mask must not reach its sum
-    sums = [torch.where(mask, nll, 0.0).sum(1) for mask in (counted, answers)]
-    counts = [mask.expand_as(nll).sum(1).double() for mask in (counted, answers)]
+    text = torch.stack([document.counted for document in documents])
+    answers = (torch.arange(nll.shape[1]) >= nll.shape[1] - answer).double().expand_as(nll)
+    # where() and not the product alone: a NaN without weight must not reach the sum
+    sums = [torch.where(weight > 0, weight * nll, 0.0).sum(1) for weight in (text, answers)]
+    counts = [weight.sum(1) for weight in (text, answers)]
     return torch.stack([sums[0], counts[0], sums[1], counts[1]], dim=1)
 
 
