@@ -9,6 +9,7 @@ Source: LongRoPE, arXiv:2402.13753, Sections 3.3 (second extension) and 3.4 (rec
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lightning_longrope.factors import RescaleFactors
@@ -73,9 +74,15 @@ def search_task(
             "target_length": target_length,
             "pinned": min(4, geometry.pairs // 8) if pinned is None else pinned,
             "start_tokens": (kept,) if start_tokens is None else start_tokens,
-            "attention_factor": _attention(geometry.original_length, target_length, installed, base, recovery),
+            "pretrained_length": min(geometry.original_length, target_length),
         }
-        space = SearchSpace(**{**own, **defaults, **(space or {})})
+        given = dict(space or {})
+        if not given.get("attention_factors"):
+            attention = _attention(geometry.original_length, target_length, installed, base, recovery)
+            defaults["attention_factor"] = attention
+        if isinstance(path := given.get("warm_start"), str | Path):
+            given["warm_start"] = RescaleFactors.load(path, geometry.original_length)
+        space = SearchSpace(**{**own, **defaults, **given})
     formulas = _formulas(space, base)
     if recovery:
         lengths = space.original_length, space.target_length

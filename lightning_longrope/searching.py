@@ -92,6 +92,7 @@ def search_factors(
     algorithm: SearchAlgorithm | None = None,
     objective: Objective | ObjectiveName | None = None,
     max_evaluations: int | None = None,
+    patience: int | None = None,
     seed: int = 0,
     pinned: int | None = None,
     start_tokens: tuple[int, ...] | None = None,
@@ -117,16 +118,17 @@ def search_factors(
         tokenizer: Tokenizer of the model; with it the objective asks for pass keys too.
         algorithm: What proposes the candidates; ``RampSearch`` by default.
         objective: ``perplexity`` (mean nll of text tokens), ``needle`` (mean nll of answer tokens to questions about
-            hidden pass keys), ``mixed`` (the sum of both, from one forward pass), or an ``Objective`` of yours. By
-            default ``mixed`` with a tokenizer and ``perplexity`` without: plain perplexity does not see retrieval, and
-            often ends without it.
+            hidden pass keys), ``mixed`` (both, from one forward pass; see ``Objective``), or an ``Objective`` of
+            yours. By default ``mixed`` with a tokenizer and ``perplexity`` without: plain perplexity does not see
+            retrieval, and often ends without it.
         max_evaluations: Most candidates to score; the algorithm's own number by default.
+        patience: End after so many candidates without a better one; None goes on to the budget.
         seed: Of the candidates and the pass keys.
         pinned: Number of fastest frequency pairs held at 1, which protects retrieval; an eighth of them, 4 at most,
             by default.
         start_tokens: Allowed numbers of first tokens that keep their pretrained angles. Only 0 by default: small models
             gain nothing from others, and Hugging Face cannot express them.
-        space: Further arguments of the ``SearchSpace``, or a whole one.
+        space: Further arguments of the ``SearchSpace``, or a whole one; ``warm_start`` may be a file of factors.
         multiply: Whether candidates multiply the factors installed on the model, as a second extension does; by default
             where there are some and the target is longer than theirs.
         recovery: Search a table for short texts: the target may lie within the model's own window, and factors reach
@@ -163,7 +165,7 @@ def search_factors(
     rows = search_documents(texts, target_length, objective, tokenizer, seed)
     unseen = search_documents(judged, target_length, objective, tokenizer, seed + 1) if judged else []
     _check_disjoint(texts, judged, target_length)
-    algorithm = (algorithm or RampSearch()).start(task.space, seed, max_evaluations)
+    algorithm = (algorithm or RampSearch()).start(task.space, seed, max_evaluations, patience)
     workers = workers or SingleWorker()
     with _undisturbed(model):
         identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
@@ -288,7 +290,7 @@ class _Files:
         """Writes ``state.json`` and, at the end, the factors."""
         if self.folder is None or not self.workers.writes:
             return
-        space, evaluator = search.task.space, search.evaluator
+        space, evaluator = search.algorithm.space, search.evaluator
         if result is not None:
             result.factors.save(self.folder / "factors.json")
             result.factors.save_csv(self.folder / "rescale_factors.csv")

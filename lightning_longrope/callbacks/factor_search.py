@@ -46,9 +46,10 @@ class FactorSearch(Callback):
         objective: ``mixed`` (text and pass keys), ``needle`` (pass keys only), ``perplexity`` (text only), or an
             ``Objective``.
         max_evaluations: Most candidates; the algorithm's own number by default.
+        patience: End after so many candidates without a better one; None goes on to the budget.
         pinned: Number of fastest frequency pairs held at 1; an eighth of them, 4 at most, by default.
         start_tokens: Allowed numbers of first tokens that keep their pretrained angles; only 0 by default.
-        space: Further arguments of ``SearchSpace``.
+        space: Further arguments of ``SearchSpace``; ``warm_start`` may be a file of factors.
         multiply: Whether candidates multiply installed factors; by default where there are some for a shorter target.
         recovery: Whether to search a table for short texts.
         race: Standard errors behind the worst candidate that matters at which one is dropped; None for no race.
@@ -63,11 +64,12 @@ class FactorSearch(Callback):
     def __init__(
         self,
         target_length: int | None = None,
-        documents: int = 5,
+        documents: int = 12,
         held_out: int = 8,
         algorithm: SearchAlgorithm | None = None,
         objective: Objective | ObjectiveName = "mixed",
         max_evaluations: int | None = None,
+        patience: int | None = None,
         pinned: int | None = None,
         start_tokens: tuple[int, ...] | None = None,
         space: dict[str, Any] | None = None,
@@ -88,6 +90,7 @@ class FactorSearch(Callback):
         self.algorithm = algorithm or RampSearch()
         self.objective: Objective | ObjectiveName = objective
         self.max_evaluations = max_evaluations
+        self.patience = patience
         self.pinned = pinned
         self.start_tokens = None if start_tokens is None else tuple(start_tokens)
         self.space = space
@@ -144,6 +147,7 @@ class FactorSearch(Callback):
                 algorithm=self.algorithm,
                 objective=self.objective,
                 max_evaluations=self.max_evaluations,
+                patience=self.patience,
                 seed=self.seed,
                 pinned=self.pinned,
                 start_tokens=self.start_tokens,

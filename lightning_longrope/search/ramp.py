@@ -72,7 +72,7 @@ class RampSearch(SearchAlgorithm):
 
     def __init__(
         self,
-        max_evaluations: int = 40,
+        max_evaluations: int = 24,
         ramp_share: float = 1.0,
         generation: int = 7,
         population: int = 12,

@@ -101,9 +101,8 @@ class SearchSpace:
         default = self.attention_factor
         if default is None:
             lengths = {"original_length": self.original_length, "target_length": self.target_length}
-            default = longrope_attention_factor(**lengths)
-            if self.attention_factors:
-                default = min(self.attention_factors, key=lambda factor: abs(factor - default))
+            formula = longrope_attention_factor(**lengths)
+            default = min(self.attention_factors or (formula,), key=lambda factor: abs(factor - formula))
         object.__setattr__(self, "attention_factor", default)
         object.__setattr__(self, "attention_factors", tuple(self.attention_factors) or (default,))
 

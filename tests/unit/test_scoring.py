@@ -53,7 +53,7 @@ def hugging_face_nll(factors, tokens):
 
 @pytest.mark.parametrize(
     ("objective", "combine"),
-    [("perplexity", lambda t, a: t), ("needle", lambda t, a: a), ("mixed", lambda t, a: t + a)],
+    [("perplexity", lambda t, a: t), ("needle", lambda t, a: a), ("mixed", lambda t, a: t + 0.1 * a)],
 )
 @pytest.mark.parametrize("batch_tokens", [1, 128, 100_000])
 def test_scores_are_those_of_candidates_alone(model, candidates, documents, objective, combine, batch_tokens):
@@ -63,10 +63,11 @@ def test_scores_are_those_of_candidates_alone(model, candidates, documents, obje
         text, answer = [], []
         for document in documents:
             nll = hugging_face_nll(factors, document.tokens)
-            counted = range(1, 64 - document.answer) if document.text is None else document.text.nonzero().flatten()
-            text += [nll[token - 1] for token in counted if token]
+            weights = [float(token < 64 - document.answer) for token in range(64)]
+            weights = weights if document.text is None else document.text.tolist()
+            text += [(weight * value, weight) for weight, value in zip(weights[1:], nll, strict=True)]
             answer += nll[-document.answer :]
-        expected = combine(sum(text) / len(text), sum(answer) / len(answer))
+        expected = combine(sum(row[0] for row in text) / sum(row[1] for row in text), sum(answer) / len(answer))
         assert score.value == pytest.approx(expected, abs=5e-6)
 
 
@@ -137,21 +138,31 @@ def test_keys_lie_where_they_are_told_to(depths):
     words = tokenizer(" ".join(f"word{number}" for number in range(400)))["input_ids"]
     texts = [torch.tensor(words[start : start + 600]) for start in (0, 300)]
     for index, document in enumerate(search_documents(texts, 500, Objective(needle_depths=depths), tokenizer)):
-        before, room = document.text.tolist().index(False, 1) - 1, int(document.text.sum())  # after BOS
+        before, room = document.text.tolist().index(0, 1) - 1, int((document.text > 0).sum())  # after BOS
         assert before == pytest.approx((depths[0] + (index + 0.5) / 2 * (depths[1] - depths[0])) * room, abs=1)
         assert (before == 0) == (depths == (0.0, 0.0))
 
 
+def test_the_last_eighth_weighs_what_it_is_told_to(model, candidates):
+    texts = [torch.randint(96, (64,), generator=torch.Generator().manual_seed(7))]
+    documents = search_documents(texts, 64, Objective(answer=0.0, end_weight=3.0))
+    score = score_candidates(model, candidates[1:2], documents, "perplexity")[0]
+    nll = hugging_face_nll(candidates[1], texts[0])  # of tokens 1 to 63; the last eighth begins at 56
+    expected = (sum(nll[:55]) + 3 * sum(nll[55:])) / (55 + 3 * 8)
+    assert score.value == pytest.approx(expected, abs=5e-6)
+
+
 def test_text_before_the_share_does_not_count(model, candidates):
     texts = [torch.randint(96, (64,), generator=torch.Generator().manual_seed(7))]
-    documents = search_documents(texts, 64, Objective(answer=0.0, text_from=0.75))
+    documents = search_documents(texts, 64, Objective(answer=0.0, text_from=0.75, end_weight=1.0))
     score = score_candidates(model, candidates[1:2], documents, "perplexity")[0]
     assert score.value == pytest.approx(sum(hugging_face_nll(candidates[1], texts[0])[47:]) / 16, abs=5e-6)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"text": 0, "answer": 0}, {"text": -1}, {"text_from": 1}, {"needle_depths": (0.6, 0.5)}]
+    "arguments",
+    [{"text": 0, "answer": 0}, {"text": -1}, {"text_from": 1}, {"end_weight": 0}, {"needle_depths": (0.6, 0.5)}],
 )
 def test_objectives_that_make_no_sense_are_refused(arguments):
-    with pytest.raises(ValueError, match="`(text|text_from|needle_depths)`"):
+    with pytest.raises(ValueError, match="`(text|text_from|end_weight|needle_depths)`"):
         Objective(**arguments)
