@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.reporting import drawing
 from lightning_longrope.reporting.drawing import INK, PAPER, Plot
-from lightning_longrope.reporting.names import ACCURACIES, length_text, look, method_name, metric_name
+from lightning_longrope.reporting.names import ACCURACIES, length_text, look, method_name, method_order, metric_name
 from lightning_longrope.reporting.results import Result, Results
 from lightning_longrope.reporting.run_folder import Search, Stage
 
@@ -211,6 +211,45 @@ def _heat_map(axes: "Axes", results: Results, metric: str, method: str) -> None:
     axes.set_yticks(range(len(depths)), labels=[f"{depth:.0%}" for depth in depths], fontsize=7.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def by_position(stages: Sequence[Stage], name: str = "positions") -> Plot | None:
+    """Mean nll of every method by position in the longest window that was measured; None if none was."""
+    rows = [row for stage in stages for row in stage.positions if math.isfinite(row.nll)]
+    longest = max((row.length for row in rows), default=0)
+    rows = [row for row in rows if row.length == longest]
+    if not rows:
+        return None
+    methods = sorted({row.method for row in rows}, key=method_order)
+    lowest = min(row.nll for row in rows)
+    top = lowest + math.log(_READABLE)
+
+    def draw(narrow: bool) -> "Figure":
+        figure, axes = drawing.new_axes(narrow, "nll in nats per token (lower is better)", "position in the window")
+        named = []
+        for method in methods:
+            own = sorted((row for row in rows if row.method == method), key=lambda row: row.start)
+            x = [(row.start + row.end) / 2 for row in own]
+            drawn, main = look(method), method in ("searched", "tuned")
+            ends = ([row.low for row in own], [row.high for row in own])
+            axes.fill_between(x, *ends, color=drawn.light, alpha=0.12, linewidth=0, zorder=2)
+            width = 2.4 if main else 1.4
+            axes.plot(
+                x, [row.nll for row in own], color=drawn.light, linestyle=drawn.line, linewidth=width, zorder=3 + main
+            )
+            named.append((method_name(method), method, own[-1].nll))
+        axes.set_xlim(0, longest)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, min(high, top))
+        drawing.name_lines(figure, axes, named, narrow)
+        return figure
+
+    table: list[tuple[object, ...]] = [(r.method, r.length, r.start, r.end, r.nll, r.low, r.high) for r in rows]
+    caption = (
+        f"How well tokens at each place of a window of {length_text(longest)} tokens are predicted; a method that"
+        " rises has run out of its window. Bands are 95 % intervals over documents."
+    )
+    return Plot(name, caption, ("method", "length", "start", "end", "nll", "low", "high"), table, draw)
 
 
 def training_curves(stages: Sequence[Stage], name: str = "training") -> Plot | None:

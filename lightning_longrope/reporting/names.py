@@ -18,10 +18,12 @@ _METHODS = {
     "short": ("short table", "#e85cc0", "#d974c8", "p"),
     "tuned": ("tuned", "#14237a", "#3d84ff", "P"),
 }
+_RUN_SLOTS = (8, 6, 2, 4, 1, 3, 7, 0)  # of runs side by side: neighbours far apart
 _METRIC_NAMES = {
     "perplexity": "perplexity",
     "perplexity_sliding": "perplexity, sliding window",
     "perplexity_window_mean": "perplexity, mean of window means",
+    "perplexity_prefix": "perplexity of the first tokens",
     "perplexity_last128": "perplexity of the last 128 tokens",
     "bits_per_byte": "bits per byte",
     "passkey": "pass keys repeated",
@@ -61,6 +63,18 @@ def palette() -> list[tuple[int, str, str]]:
     return [(slot, light, dark) for slot, (_, light, dark, _) in enumerate(_METHODS.values())]
 
 
+def run_slot(number: int) -> int:
+    """Colour of the ``number``-th of several runs, as its place in the palette."""
+    return _RUN_SLOTS[number % len(_RUN_SLOTS)]
+
+
+def run_look(number: int) -> Look:
+    """How the ``number``-th of several runs is drawn; more runs than colours get dashes, then dots."""
+    slot = run_slot(number)
+    _, light, dark, marker = list(_METHODS.values())[slot]
+    return Look(slot, light, dark, marker, ("-", "--", ":")[number // len(_RUN_SLOTS) % 3])
+
+
 def method_order(method: str) -> tuple[int, int, str]:
     """Sort key: formulas, then searched, then tuned by length, the last tuned model at the end; unknown names last."""
     if method.startswith("tuned_"):
@@ -87,7 +101,15 @@ def method_name(method: str) -> str:
 
 def metric_name(metric: str) -> str:
     """Display name of a metric, ``perplexity_last128`` -> "perplexity of the last 128 tokens"."""
+    if ratio := split_ratio(metric):
+        return f"{metric_name(ratio[0])} over that of {method_name(ratio[1])}"
     return _METRIC_NAMES.get(metric, metric.replace("_", " "))
+
+
+def split_ratio(metric: str) -> tuple[str, str] | None:
+    """Metric and baseline of a ratio on the same documents, ``perplexity_over_yarn``; None for other metrics."""
+    base, over, baseline = metric.rpartition("_over_")
+    return (base, baseline) if over else None
 
 
 def length_text(length: int) -> str:
@@ -103,7 +125,7 @@ def value_text(metric: str, value: float | None) -> str:
         return str(value)
     if metric in ACCURACIES:
         return f"{100 * value:.1f}".removesuffix(".0") + "\u00a0%"
-    if metric == "bits_per_byte":
+    if metric == "bits_per_byte" or split_ratio(metric):
         return f"{value:.3f}"
     if abs(value) >= 1e6:
         return f"{value:.2e}".replace("e+0", "e").replace("e+", "e")

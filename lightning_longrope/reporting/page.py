@@ -30,38 +30,6 @@ from lightning_longrope.reporting.verdict import Extension, verdict
 _OWN_SECTIONS = ("perplexity", "perplexity_last128", "passkey")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One measurement in a table."""
-
-    text: str
-    ends: tuple[str, str] | None = None
-    """The 95 % interval."""
-    title: str = ""
-    best: bool = False
-    """The best of its column among the methods on the same weights."""
-    heat: float | None = None
-    """Depth of the colour behind it, in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of a table, with the colour that its method has in the figures."""
-
-    name: str
-    slot: int | None
-    cells: list[Cell]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Measurements by length (columns) and by method or depth (rows)."""
-
-    name: str
-    lengths: list[str]
-    lines: list[Line]
-
-
 def write_report(run: str | Path) -> Path:
     """Writes ``report.html``, ``figures/`` and the joined ``results.csv`` into a run folder.
 
@@ -205,69 +173,3 @@ def _search_facts(run: Run, stage: Stage, search: Search, suffix: str) -> dict[s
 def _search_seconds(search: Search) -> str | None:
     seconds = [float(line["seconds"]) for line in search.evaluations if isinstance(line.get("seconds"), int | float)]
     return seconds_text(sum(seconds)) if seconds else None
-
-
-def _by_length(results: Results, metric: str) -> Table:
-    """Means over depths of a metric, methods down and lengths across."""
-    lengths = sorted({row.length for row in results.rows if row.metric == metric and row.depth is None})
-    lines = []
-    for method in results.methods(metric):
-        rows = [results.get(method, metric, length) for length in lengths]
-        cells = [_cell(row, _best_value(results, row)) for row in rows]
-        lines.append(Line(method_name(method), look(method).slot, cells))
-    return Table(metric_name(metric), [length_text(length) for length in lengths], lines)
-
-
-def _group(method: str) -> str:
-    """Methods that work on the same weights are compared; tuned models are weights of their own."""
-    return method if method.startswith("tuned") else method.partition("_")[0] if method.startswith("second_") else ""
-
-
-def _best_value(results: Results, row: Result | None) -> float | None:
-    """The best value of the row's group at its length, where there is something to choose from."""
-    if row is None:
-        return None
-    methods = [method for method in results.methods(row.metric) if _group(method) == _group(row.method)]
-    found = [results.get(method, row.metric, row.length) for method in methods]
-    values = [other.value for other in found if other and math.isfinite(other.value)]
-    if len(values) < 2 or min(values) == max(values):
-        return None
-    return max(values) if row.metric in ACCURACIES else min(values)
-
-
-def _cell(row: Result | None, best: float | None = None) -> Cell:
-    if row is None:
-        return Cell("")
-    ends = None if row.low is None else (_number(row.metric, row.low), _number(row.metric, row.high))
-    count = "" if row.n is None else f"{row.n} {'trials' if row.metric in ACCURACIES else 'documents'}"
-    interval = f"95\u00a0% interval {ends[0]} to {ends[1]}" if ends else "no interval"
-    return Cell(value_text(row.metric, row.value), ends, f"{interval}, {count}".rstrip(", "), best=row.value == best)
-
-
-def _number(metric: str, value: float | None) -> str:
-    return value_text(metric, value).removesuffix("\u00a0%")
-
-
-def _heat_tables(results: Results, metric: str) -> list[Table]:
-    """A table of depths and lengths for each method that was measured by depth."""
-    depths, lengths = results.depths(metric), results.lengths(metric)
-    tables = []
-    for method in results.methods(metric) if depths else []:
-        lines = [
-            Line(
-                f"{100 * depth:g} %",
-                None,
-                [_heat_cell(results.get(method, metric, length, depth)) for length in lengths],
-            )
-            for depth in depths
-        ]
-        if any(cell.text for line in lines for cell in line.cells):
-            tables.append(Table(method_name(method), [length_text(length) for length in lengths], lines))
-    return tables
-
-
-def _heat_cell(row: Result | None) -> Cell:
-    if row is None:
-        return Cell("")
-    plain = _cell(row)
-    return Cell(_number(row.metric, row.value), title=f"{plain.text}, {plain.title}", heat=min(max(row.value, 0), 1))

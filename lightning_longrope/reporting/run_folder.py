@@ -38,6 +38,22 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class PositionMean:
+    """Mean nll of the tokens at some positions of a window, a row of ``positions.csv``."""
+
+    method: str
+    length: int
+    """Tokens of the window."""
+    start: int
+    end: int
+    """Position after the last."""
+    nll: float
+    """Nats per token."""
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Stage:
     """One folder of a run; every part may be missing."""
 
@@ -48,6 +64,7 @@ class Stage:
     results: tuple[Result, ...] = ()
     search: Search | None = None
     losses: tuple[Curve, ...] = ()
+    positions: tuple[PositionMean, ...] = ()
     command: str | None = None
     seconds: float | None = None
     status: str | None = None
@@ -65,6 +82,12 @@ class Run:
     """``run.json``: command, seed, versions, machine."""
     notes: tuple[str, ...] = field(default=())
     """What could not be read, one sentence each."""
+
+    @property
+    def data_pictures(self) -> list[Path]:
+        """PNG files that ``longrope data`` has drawn, of the run or of its stages."""
+        folders = dict.fromkeys([self.folder, *(stage.folder for stage in self.stages if stage.folder)])
+        return [path for folder in folders for path in sorted((folder / "figures").glob("data*.png"))]
 
     def rope_base(self, stage: Stage) -> float | None:
         """Base of the rotary embedding: what the search wrote down, else the first ``rope_theta`` of the configs."""
@@ -126,7 +149,7 @@ def _stage(name: str, folder: Path | None, entry: dict[str, Any], notes: list[st
     }
     if folder is None:
         return Stage(name, **done)
-    results = folder / "eval" / "results.csv"
+    results, positions = (folder / "eval" / name for name in ("results.csv", "positions.csv"))
     return Stage(
         name,
         folder,
@@ -134,6 +157,7 @@ def _stage(name: str, folder: Path | None, entry: dict[str, Any], notes: list[st
         results=tuple(read_results(results)) if results.is_file() else (),
         search=read_search(folder / "search", notes),
         losses=_losses(folder, notes),
+        positions=_try(lambda: _positions(positions), positions, notes) or (),
         **done,
     )
 
@@ -172,6 +196,18 @@ def _logged_losses(path: Path) -> list[tuple[str, int, float]]:
             for column, text in row.items()
             if text and "loss" in column and not column.endswith("_epoch")
         ]
+
+
+def _positions(path: Path) -> tuple[PositionMean, ...]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return tuple(
+            PositionMean(
+                row["method"],
+                *(int(row[name]) for name in ("length", "start", "end")),
+                *(float(row[name]) for name in ("nll", "low", "high")),
+            )
+            for row in csv.DictReader(file)
+        )
 
 
 def _columns(values: dict[int, float]) -> tuple[tuple[int, ...], tuple[float, ...]]:

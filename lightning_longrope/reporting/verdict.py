@@ -40,6 +40,8 @@ class Comparison:
     """95 % interval of ``change``; None where an interval is missing."""
     outcome: Outcome
     """"same" if the interval holds zero, "unknown" without an interval."""
+    paired: bool = False
+    """The interval is of the ratio on the same documents."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,23 @@ def compare(ours: Result, theirs: Result, paired: Result | None = None) -> Compa
     plain = ours.metric in ACCURACIES
     if not _usable(ours):
         return Comparison(ours, theirs, math.nan, None, None, "worse")
-    if paired is not None and _has_interval(paired):
+    on_same = paired is not None and _has_interval(paired)
+    if paired is not None and on_same:
         change, low, high = paired.value - 1, _shifted(paired.low), _shifted(paired.high)
     else:
         change, low, high = _difference(ours, theirs, logarithm=not plain)
     if low is None or high is None:
         return Comparison(ours, theirs, change, None, None, "unknown")
     if low <= 0 <= high:
-        return Comparison(ours, theirs, change, low, high, "same")
-    return Comparison(ours, theirs, change, low, high, "better" if (change > 0) == plain else "worse")
+        return Comparison(ours, theirs, change, low, high, "same", on_same)
+    return Comparison(ours, theirs, change, low, high, "better" if (change > 0) == plain else "worse", on_same)
+
+
+def ratio_outcome(paired: Result) -> Outcome:
+    """What a ratio on the same documents says of a metric of which less is better."""
+    if not _has_interval(paired) or paired.low is None or paired.high is None:
+        return "unknown"
+    return "better" if paired.high < 1 else "worse" if paired.low > 1 else "same"
 
 
 def _difference(ours: Result, theirs: Result, *, logarithm: bool) -> tuple[float, float | None, float | None]:
@@ -133,7 +143,7 @@ def _usable(row: Result) -> bool:
 
 
 def clause(comparison: Comparison, name: str) -> str:
-    """The comparison in words: "5.0 % below YaRN (13.10)", with its interval when it is within the noise."""
+    """The comparison in words: "5.0 % below YaRN (13.10), 95 % interval −6.3 to −3.6 %"."""
     theirs = f"{name} ({value_text(comparison.theirs.metric, comparison.theirs.value)})"
     if math.isnan(comparison.change):
         return f"which is no finite loss; it was held against {theirs}"
@@ -144,10 +154,11 @@ def clause(comparison: Comparison, name: str) -> str:
     else:
         size, unit = f"{abs(percent):.1f}\u00a0%", "%"
         words = f"level with {theirs}" if abs(percent) < 0.05 else f"{size} {_above(percent)} {theirs}"
-    if comparison.outcome == "same":
-        ends = f"{percent_text(comparison.low or 0)} to {percent_text(comparison.high or 0)}\u00a0{unit}"
-        return f"{words}, which is within the noise (95\u00a0% interval of the difference: {ends})"
-    return f"{words}, which may be noise: no interval was recorded" if comparison.outcome == "unknown" else words
+    if comparison.low is None or comparison.high is None:
+        return f"{words}, which may be noise: no interval was recorded"
+    noise = ", which is within the noise" if comparison.outcome == "same" else ""
+    ends = f"{percent_text(comparison.low)} to {percent_text(comparison.high)}\u00a0{unit}"
+    return f"{words}{noise}, 95\u00a0% interval {ends}{' document by document' if comparison.paired else ''}"
 
 
 def _more(percent: float) -> str:
@@ -192,7 +203,7 @@ def _extension(results: Results, extension: Extension) -> Verdict | None:
         + f", {clause(claim, _baseline_name(claim))}."
         for metric, claim in made.items()
     ]
-    tiles = [_tile(claim, f"best baseline: {_baseline_name(claim)}") for claim in _main(made).values()]
+    tiles = [_tile(claim, _baseline_name(claim)) for claim in _main(made).values()]
     after, tuned_tiles = _tuned(results, extension, made)
     return Verdict(_headline(extension, made), (*sentences, *after), (*tiles, *tuned_tiles))
 
@@ -265,8 +276,9 @@ def _headline(extension: Extension, claims: dict[str, Comparison]) -> str:
 def _tile(claim: Comparison, against: str) -> Tile:
     ours, theirs = claim.ours, claim.theirs
     label = f"{_SHORT_NAMES[ours.metric]} at {length_text(ours.length)}, {method_name(ours.method)}"
-    note = f"{against} {value_text(theirs.metric, theirs.value)}"
-    note += {"better": "", "worse": ", worse", "same": ", within the noise", "unknown": ", no interval"}[claim.outcome]
+    unit = "points" if ours.metric in ACCURACIES else "%"
+    change = "no finite loss" if math.isnan(claim.change) else f"{percent_text(claim.change)}\u00a0{unit}"
+    note = f"{change} against {against} ({value_text(theirs.metric, theirs.value)})"
     return Tile(label[0].upper() + label[1:], value_text(ours.metric, ours.value), note, claim.outcome)
 
 
