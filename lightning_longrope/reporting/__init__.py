@@ -3,6 +3,7 @@
 from lightning_longrope.reporting.page import write_report
 from lightning_longrope.reporting.results import Result, Results, read_results
 from lightning_longrope.reporting.run_folder import Run, read_run
+from lightning_longrope.reporting.side_by_side import write_comparison
 from lightning_longrope.reporting.verdict import Comparison, Verdict, compare, verdict
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "read_results",
     "read_run",
     "verdict",
+    "write_comparison",
     "write_report",
 ]

@@ -5,6 +5,7 @@ the page's style sheet, so that it follows dark mode; and once as a file, on whi
 """
 
 import io
+import math
 import os
 import re
 import warnings
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_longrope.files import write_text
-from lightning_longrope.reporting.names import length_text, look, palette
+from lightning_longrope.reporting.names import Look, length_text, palette
 from lightning_longrope.reporting.results import table_text
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Plot:
     """File name without ending, of the PNG and the CSV."""
     caption: str
     columns: tuple[str, ...]
-    rows: list[tuple[object, ...]]
+    rows: Sequence[tuple[object, ...]]
     draw: Callable[[bool], "Figure"]
     """Draws it; True asks for the narrow version."""
 
@@ -123,11 +124,23 @@ def dress(axes: "Axes", title: str, x_label: str) -> None:
 
 
 def length_axis(axes: "Axes", lengths: Sequence[int], margin: float) -> None:
-    """A base-2 logarithmic x axis with a tick at every measured length and ``margin`` doublings at either end."""
+    """A base-2 logarithmic x axis with ``margin`` doublings at either end and a tick at every measured length.
+
+    Lengths are named from the longest down, as many as there is room for.
+    """
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(lengths), labels=[length_text(length) for length in lengths])
-    axes.set_xticks([], minor=True)
     axes.set_xlim(lengths[0] / 2**margin, lengths[-1] * 2**margin)
+    figure, place = axes.get_figure(root=True), axes.get_subplotspec()
+    assert figure is not None
+    assert place is not None
+    inches = figure.get_figwidth() / place.get_gridspec().ncols
+    room = (math.log2(lengths[-1] / lengths[0]) + 2 * margin) * 0.62 / max(inches - 1.0, 0.5)  # doublings of a name
+    named: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        if not named or math.log2(named[-1] / length) >= room:
+            named.append(length)
+    axes.set_xticks(list(lengths), labels=[length_text(length) if length in named else "" for length in lengths])
+    axes.set_xticks([], minor=True)
 
 
 def log_ticks(axes: "Axes", low: float, top: float) -> None:
@@ -143,11 +156,9 @@ def log_ticks(axes: "Axes", low: float, top: float) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
-def whiskers(axes: "Axes", method: str, points: Sequence[tuple[float, float, float, float]]) -> None:
-    """A method's line through (x, value, low, high), with its intervals."""
-    drawn = look(method)
+def whiskers(axes: "Axes", drawn: Look, points: Sequence[tuple[float, float, float, float]], main: bool) -> None:
+    """A line through (x, value, low, high), with its intervals; ``main`` ones are thick and in front."""
     x, y, low, high = zip(*points, strict=True)
-    main = method in ("searched", "tuned")
     axes.vlines(x, low, high, color=drawn.light, linewidth=1.1, alpha=0.55, zorder=2)
     axes.plot(
         x,
@@ -164,7 +175,7 @@ def whiskers(axes: "Axes", method: str, points: Sequence[tuple[float, float, flo
 
 
 def name_lines(
-    figure: "Figure", axes: "Axes", named: Sequence[tuple[str, str, float]], narrow: bool, *, markers: bool = False
+    figure: "Figure", axes: "Axes", named: Sequence[tuple[str, Look, float]], narrow: bool, *, markers: bool = False
 ) -> None:
     """Says which line is which: at their right ends, or below the frame where a narrow screen has no room.
 
@@ -173,23 +184,22 @@ def name_lines(
     Args:
         figure: The figure of ``axes``.
         axes: Where the lines are.
-        named: (name, method, height of the line's right end in data units) of each line.
+        named: (name, look, height of the line's right end in data units) of each line.
         narrow: Write below.
         markers: The lines have markers.
     """
     top = axes.get_ylim()[1]
-    named = [(f"{_short(name)} ↑" if y > top else _short(name), method, min(y, top)) for name, method, y in named]
+    named = [(f"{_short(name)} ↑" if y > top else _short(name), drawn, min(y, top)) for name, drawn, y in named]
     if narrow:
-        _legend(figure, named, markers)
+        legend(figure, [(name, drawn) for name, drawn, _ in named], narrow, markers=markers)
         return
     figure.draw_without_rendering()  # the layout is needed to know how many letters fit
     heights = [axes.transAxes.inverted().transform(axes.transData.transform((1, y)))[1] for _, _, y in named]
     room = axes.get_window_extent().height / figure.dpi * 72  # points
     places = spread(heights, gap=11.5 / room)
-    for (name, method, _), height, place in zip(named, heights, places, strict=True):
-        colour = look(method).light
+    for (name, drawn, _), height, place in zip(named, heights, places, strict=True):
         ends = ([1.0, 1.025], [min(max(height, 0), 1), place])
-        axes.plot(*ends, transform=axes.transAxes, color=colour, linewidth=0.9, clip_on=False)
+        axes.plot(*ends, transform=axes.transAxes, color=drawn.light, linewidth=0.9, clip_on=False)
         axes.text(1.035, place, name, transform=axes.transAxes, va="center", color=INK, parse_math=False)
 
 
@@ -197,19 +207,20 @@ def _short(name: str) -> str:
     return name if len(name) < 24 else f"{name[:22]}…"
 
 
-def _legend(figure: "Figure", named: Sequence[tuple[str, str, float]], markers: bool) -> None:
+def legend(figure: "Figure", named: Sequence[tuple[str, Look]], narrow: bool, *, markers: bool = False) -> None:
+    """Says below the frames which line is which."""
     from matplotlib.lines import Line2D
 
-    drawn = [look(method) for _, method, _ in named]
     lines = [
         Line2D([], [], color=one.light, linestyle=one.line, marker=one.marker if markers else "", markersize=5)
-        for one in drawn
+        for _, one in named
     ]
-    columns = 3 if max(len(name) for name, _, _ in named) < 14 else 2
-    legend = figure.legend(
-        lines, [name for name, _, _ in named], loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5
+    names = [_short(name) for name, _ in named]
+    fit = (44 if narrow else 96) // (max(len(name) for name in names) + 6)
+    found = figure.legend(
+        lines, names, loc="outside lower center", ncols=max(1, min(fit, len(named))), frameon=False, fontsize=8.5
     )
-    for text in legend.get_texts():
+    for text in found.get_texts():
         text.set_parse_math(False)
         text.set_color(INK)
 

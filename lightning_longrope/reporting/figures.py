@@ -17,39 +17,43 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FORMULAS = ("linear", "ntk", "yarn")
+_MOST_NUMBERS = 20  # columns of a heat map that can have a number each
 _READABLE = 30  # times the lowest loss: what lies higher has broken, and would press the rest into one line
 
 
 def search_curve(search: Search, name: str = "search_curve") -> Plot | None:
     """Every candidate's score and the best so far against evaluations; None if no candidate has a finite score."""
     baselines = baseline_scores(search)
-    scored = [line for line in search.evaluations if not _is_baseline(line) and line.get("score") is not None]
+    scored, raced = candidate_scores(search), candidate_scores(search, dropped=True)
     if not scored:
         return None
-    numbers = [int(line["evaluation"]) for line in scored]
-    scores = [float(line["score"]) for line in scored]
+    numbers, scores = zip(*scored, strict=True)
     best = list(accumulate(scores, min))
     top = _frame_top(scores, list(baselines.values()))
-    outside = sum(score > top for score in scores)
+    outside = sum(score > top for _, score in [*scored, *raced])
 
     def draw(narrow: bool) -> "Figure":
         figure, axes = drawing.new_axes(narrow, "score of a candidate in nats (lower is better)", "evaluation")
-        drawing.scatter(axes, numbers, [min(score, top) for score in scores])
+        lowest = min(*scores, *baselines.values())
+        low = lowest - 0.06 * (top - lowest)
+        for points, marker in ((scored, "o"), (raced, "x")):
+            drawing.scatter(axes, [x for x, _ in points], [min(max(y, low), top) for _, y in points], marker)
         axes.step(numbers, best, where="post", color=look("searched").light, linewidth=2.4, zorder=4)
         for method, score in baselines.items():
             axes.axhline(score, color=look(method).light, linewidth=1.4, zorder=3)
-        lowest = min(*scores, *baselines.values())
-        axes.set_ylim(lowest - 0.06 * (top - lowest), top)
-        axes.set_xlim(numbers[0] - 1, numbers[-1] + 1)
-        named = [(f"{method_name(method)} {score:.3f}", method, score) for method, score in baselines.items()]
-        drawing.name_lines(figure, axes, [*named, (f"best {best[-1]:.3f}", "searched", best[-1])], narrow)
+        axes.set_ylim(low, top)
+        axes.set_xlim(numbers[0] - 1, max(number for number, _ in [*scored, *raced]) + 1)
+        named = [(f"{method_name(method)} {score:.3f}", look(method), score) for method, score in baselines.items()]
+        drawing.name_lines(figure, axes, [*named, (f"best {best[-1]:.3f}", look("searched"), best[-1])], narrow)
         return figure
 
     caption = (
         "Each dot is a candidate, the red line the best so far; level lines are the formulas on the same documents."
     )
+    if raced:
+        caption += f" Crosses are {len(raced):,} candidates that were given up after some documents."
     if outside:
-        caption += f" {outside} candidates lie above the frame and are drawn at its edge."
+        caption += f" {outside:,} candidates lie above the frame and are drawn at its edge."
     return Plot(name, caption, ("evaluation", "origin", "score", "best", "text", "answer"), _search_rows(search), draw)
 
 
@@ -65,8 +69,19 @@ def baseline_scores(search: Search) -> dict[str, float]:
     return {str(name): float(score) for name, score in known.items() if isinstance(score, int | float)}
 
 
+def candidate_scores(search: Search, *, dropped: bool = False) -> list[tuple[int, float]]:
+    """(evaluation, score) of candidates with a finite score: those judged on all documents, or those given up."""
+    lines = [line for line in search.evaluations if not _is_baseline(line) and _is_dropped(line) == dropped]
+    return [(int(line["evaluation"]), float(line["score"])) for line in lines if line.get("score") is not None]
+
+
 def _is_baseline(line: dict[str, object]) -> bool:
     return str(line.get("origin")).startswith("baseline:")
+
+
+def _is_dropped(line: dict[str, object]) -> bool:
+    """Whether a race ended before the last document; the score is extrapolated then."""
+    return line.get("status") == "dropped"
 
 
 def _frame_top(scores: Sequence[float], baselines: Sequence[float]) -> float:
@@ -83,7 +98,7 @@ def _search_rows(search: Search) -> list[tuple[object, ...]]:
     best: float | None = None
     for line in search.evaluations:
         score, parts = line.get("score"), line.get("parts") or {}
-        if score is not None and not _is_baseline(line):
+        if score is not None and not _is_baseline(line) and not _is_dropped(line):
             best = score if best is None else min(best, score)
         rows.append((line["evaluation"], line.get("origin"), score, best, parts.get("text"), parts.get("answer")))
     return rows
@@ -107,9 +122,9 @@ def factors_by_pair(factors: RescaleFactors, base: float | None, name: str = "fa
         for method, values in tables.items():
             drawn, main = look(method), method == "searched"
             axes.plot(values, color=drawn.light, linewidth=2.4 if main else 1.4, zorder=4 if main else 3)
-        _power_axis(axes, max(max(values) for values in tables.values()))
+        power_axis(axes, max(max(values) for values in tables.values()))
         axes.set_xlim(0, factors.pairs - 1)
-        named = [(method_name(method), method, values[-1]) for method, values in tables.items()]
+        named = [(method_name(method), look(method), values[-1]) for method, values in tables.items()]
         drawing.name_lines(figure, axes, named, narrow)
         return figure
 
@@ -119,7 +134,7 @@ def factors_by_pair(factors: RescaleFactors, base: float | None, name: str = "fa
     return Plot(name, caption, columns, rows, draw)
 
 
-def _power_axis(axes: "Axes", highest: float) -> None:
+def power_axis(axes: "Axes", highest: float) -> None:
     """Logarithmic y axis from 1, with ticks at powers of two."""
     powers = [2**power for power in range(math.ceil(math.log2(max(highest, 2))) + 1)]
     axes.set_yscale("log", base=2)
@@ -146,14 +161,11 @@ def by_length(results: Results, metric: str, name: str) -> Plot | None:
         for place, method in enumerate(methods):
             shift = 2 ** (step * (place - (len(methods) - 1) / 2))
             own = [row for row in rows if row.method == method]
-            drawing.whiskers(axes, method, [(row.length * shift, row.value, *_ends(row)) for row in own])
-            named.append((method_name(method), method, own[-1].value))
+            points = [(row.length * shift, row.value, *ends(row)) for row in own]
+            drawing.whiskers(axes, look(method), points, main=method in ("searched", "tuned"))
+            named.append((method_name(method), look(method), own[-1].value))
         drawing.length_axis(axes, lengths, margin=step * (len(methods) / 2 + 3))
-        if accuracy:
-            axes.set_ylim(-0.03, 1.03)
-            axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0 %", "25 %", "50 %", "75 %", "100 %"])
-        else:
-            drawing.log_ticks(axes, 0.93 * min(_ends(row)[0] for row in rows), top)
+        value_axis(axes, rows)
         drawing.name_lines(figure, axes, named, narrow, markers=True)
         return figure
 
@@ -164,7 +176,17 @@ def by_length(results: Results, metric: str, name: str) -> Plot | None:
     return Plot(name, caption, ("method", "length", "value", "low", "high", "n"), table, draw)
 
 
-def _ends(row: Result) -> tuple[float, float]:
+def value_axis(axes: "Axes", rows: Sequence[Result]) -> None:
+    """Per cent for accuracies; else a logarithmic axis from the lowest value to what can still be read beside it."""
+    if rows[0].metric in ACCURACIES:
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0 %", "25 %", "50 %", "75 %", "100 %"])
+    else:
+        top = _READABLE * min(row.value for row in rows)
+        drawing.log_ticks(axes, 0.93 * min(ends(row)[0] for row in rows), top)
+
+
+def ends(row: Result) -> tuple[float, float]:
     """Ends of the whisker; the value itself where there is no finite interval."""
     low, high = (end if end is not None and math.isfinite(end) else row.value for end in (row.low, row.high))
     return low, high
@@ -178,9 +200,10 @@ def heat_maps(results: Results, metric: str, name: str) -> Plot | None:
     methods = [method for method in results.methods(metric) if any(row.method == method for row in rows)]
 
     def draw(narrow: bool) -> "Figure":
-        columns = min(2 if narrow else 3, len(methods))
+        across, high = len(results.lengths(metric)), len(results.depths(metric))
+        columns = max(1, min(2 if narrow else 3, len(methods), 20 // across))
         down = math.ceil(len(methods) / columns)
-        figure, panels = drawing.new_grid(narrow, down, columns, height=0.5 + 1.75 * down)
+        figure, panels = drawing.new_grid(narrow, down, columns, height=0.5 + max(1.75, 0.26 * high + 0.45) * down)
         for axes, method in zip(panels, methods, strict=False):
             _heat_map(axes, results, metric, method)
         for axes in panels[len(methods) :]:
@@ -203,11 +226,14 @@ def _heat_map(axes: "Axes", results: Results, metric: str, method: str) -> None:
     )  # fmt: skip
     for y, line in enumerate(cells):
         for x, cell in enumerate(line):
-            if cell is not None:
+            if cell is not None and len(lengths) <= _MOST_NUMBERS:
                 ink = PAPER if cell.value > 0.55 else INK
                 axes.text(x, y, f"{100 * cell.value:.0f}", ha="center", va="center", color=ink, fontsize=8)
     axes.set_title(method_name(method), loc="left", parse_math=False, color=INK)
-    axes.set_xticks(range(len(lengths)), labels=[length_text(length) for length in lengths], fontsize=7.5)
+    step = math.ceil(len(lengths) / _MOST_NUMBERS)
+    axes.set_xticks(
+        range(0, len(lengths), step), labels=[length_text(length) for length in lengths[::step]], fontsize=7.5
+    )
     axes.set_yticks(range(len(depths)), labels=[f"{depth:.0%}" for depth in depths], fontsize=7.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -231,13 +257,13 @@ def by_position(stages: Sequence[Stage], name: str = "positions") -> Plot | None
             own = sorted((row for row in rows if row.method == method), key=lambda row: row.start)
             x = [(row.start + row.end) / 2 for row in own]
             drawn, main = look(method), method in ("searched", "tuned")
-            ends = ([row.low for row in own], [row.high for row in own])
-            axes.fill_between(x, *ends, color=drawn.light, alpha=0.12, linewidth=0, zorder=2)
+            band = ([row.low for row in own], [row.high for row in own])
+            axes.fill_between(x, *band, color=drawn.light, alpha=0.12, linewidth=0, zorder=2)
             width = 2.4 if main else 1.4
             axes.plot(
                 x, [row.nll for row in own], color=drawn.light, linestyle=drawn.line, linewidth=width, zorder=3 + main
             )
-            named.append((method_name(method), method, own[-1].nll))
+            named.append((method_name(method), drawn, own[-1].nll))
         axes.set_xlim(0, longest)
         low, high = axes.get_ylim()
         axes.set_ylim(low, min(high, top))

@@ -27,6 +27,7 @@ _METRIC_NAMES = {
     "perplexity_last128": "perplexity of the last 128 tokens",
     "bits_per_byte": "bits per byte",
     "passkey": "pass keys repeated",
+    "passkey_k_max": "tokens over which enough pass keys are repeated (k_max)",
     "key_value": "key/value pairs recalled",
     "needle": "needles found",
     "document_question": "document questions answered",
@@ -125,6 +126,8 @@ def value_text(metric: str, value: float | None) -> str:
         return str(value)
     if metric in ACCURACIES:
         return f"{100 * value:.1f}".removesuffix(".0") + "\u00a0%"
+    if metric.endswith("_k_max"):
+        return f"{value:,.0f}"
     if metric == "bits_per_byte" or split_ratio(metric):
         return f"{value:.3f}"
     if abs(value) >= 1e6:
@@ -136,6 +139,11 @@ def value_text(metric: str, value: float | None) -> str:
 def percent_text(change: float, digits: int = 1) -> str:
     """A signed change for intervals: -0.025 -> "−2.5"."""
     return f"{100 * change:+.{digits}f}".replace("-", "\u2212")
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A number with its sign: -0.025 -> "−0.0250"."""
+    return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
 def seconds_text(seconds: float | None) -> str:

@@ -1,9 +1,9 @@
 """The report of a run: figures, joined table and one HTML page that needs nothing but itself."""
 
-import math
+import base64
 import re
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,23 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lightning_longrope.files import write_text
-from lightning_longrope.reporting import figures
+from lightning_longrope.reporting import figures, tables
 from lightning_longrope.reporting.drawing import Plot
 from lightning_longrope.reporting.names import (
-    ACCURACIES,
     length_text,
-    look,
     method_name,
     metric_name,
     palette,
     seconds_text,
-    value_text,
+    signed,
+    split_ratio,
 )
-from lightning_longrope.reporting.results import Result, Results, results_text
+from lightning_longrope.reporting.results import results_text
 from lightning_longrope.reporting.run_folder import Run, Search, Stage, read_run
 from lightning_longrope.reporting.verdict import Extension, verdict
 
-_OWN_SECTIONS = ("perplexity", "perplexity_last128", "passkey")
+_PERPLEXITIES = ("perplexity", "perplexity_last128")
+TASKS = ("passkey", "key_value", "needle", "document_question")
 
 
 def write_report(run: str | Path) -> Path:
@@ -59,13 +59,9 @@ def write_report(run: str | Path) -> Path:
 def make_plots(run: Run) -> dict[str, Plot]:
     """Every figure that the run has data for, by name."""
     results = run.results
-    found: list[Plot | None] = [
-        figures.by_length(results, "perplexity", "perplexity"),
-        figures.by_length(results, "perplexity_last128", "perplexity_last128"),
-        figures.by_length(results, "passkey", "passkey"),
-        figures.heat_maps(results, "passkey", "passkey_depth"),
-        figures.training_curves(run.stages),
-    ]
+    found = [figures.by_length(results, metric, metric) for metric in (*_PERPLEXITIES, *TASKS)]
+    found += [figures.heat_maps(results, metric, f"{metric}_depth") for metric in TASKS]
+    found += [figures.by_position(run.stages), figures.training_curves(run.stages)]
     for stage, search, suffix in _searches(run):
         found.append(figures.search_curve(search, f"search_curve{suffix}"))
         if search.factors is not None:
@@ -82,28 +78,57 @@ def _searches(run: Run) -> list[tuple[Stage, Search, str]]:
 
 def render(run: Run, plots: dict[str, Plot]) -> str:
     """The page as text; everything that comes from files is escaped."""
-    environment = Environment(
+    results = run.results
+    others = [m for m in results.metrics if m not in (*_PERPLEXITIES, *TASKS) and not split_ratio(m)]
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            run=run,
+            verdict=verdict(results, extensions(run)),
+            palette=palette(),
+            # heat maps are tables in the page
+            figures={name: inline(plot) for name, plot in plots.items() if not name.endswith("_depth")},
+            searches=[_search_facts(run, *found) for found in _searches(run)],
+            tables={metric: tables.by_length(results, metric) for metric in results.metrics},
+            ratios={metric: tables.against_baselines(results, metric) for metric in results.metrics},
+            tasks=[(metric, tables.heat_tables(results, metric)) for metric in TASKS if metric in results.metrics],
+            others=others,
+            names={metric: metric_name(metric) for metric in results.metrics},
+            pictures=[_picture(run, path) for path in run.data_pictures],
+            commands=[command for stage in run.stages if (command := stage_command(run, stage))],
+            versions=mapping(run.about.get("versions")),
+            total_seconds=total_seconds(run.stages),
+        )
+    )
+
+
+def environment() -> Environment:
+    """Where the templates of the pages are found and how they are filled."""
+    found = Environment(
         loader=PackageLoader("lightning_longrope", "reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["seconds"] = seconds_text
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        verdict=verdict(run.results, extensions(run)),
-        palette=palette(),
-        # heat maps are tables in the page
-        figures={name: _inline(plot) for name, plot in plots.items() if name != "passkey_depth"},
-        searches=[_search_facts(run, *found) for found in _searches(run)],
-        tables={metric: _by_length(run.results, metric) for metric in run.results.metrics},
-        others=[metric for metric in run.results.metrics if metric not in _OWN_SECTIONS],
-        heat=_heat_tables(run.results, "passkey"),
-        names={metric: metric_name(metric) for metric in run.results.metrics},
-        versions=_mapping(run.about.get("versions")),
-        total_seconds=_total(run.stages),
-    )
+    found.filters["seconds"] = seconds_text
+    return found
+
+
+def _picture(run: Run, path: Path) -> dict[str, str]:
+    """A PNG file as text for the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    name = path.stem.removeprefix("data").strip("_") or "data"
+    return {"source": f"data:image/png;base64,{data}", "link": path.relative_to(run.folder).as_posix(), "name": name}
+
+
+def stage_command(run: Run, stage: Stage) -> str | None:
+    """The words that run a stage once more from the configuration in its folder; None if it has none."""
+    if stage.folder is None or stage.config is None or stage.command is None:
+        return None
+    config = stage.folder.relative_to(run.folder) / "config.yaml"
+    return shlex.join(["longrope", stage.command, "-c", config.as_posix()])
 
 
 def extensions(run: Run) -> list[Extension]:
@@ -119,17 +144,20 @@ def extensions(run: Run) -> list[Extension]:
     return found
 
 
-def _inline(plot: Plot) -> dict[str, Any]:
+def inline(plot: Plot) -> dict[str, Any]:
+    """A figure for the page, in its wide and narrow version."""
     # matplotlib has escaped every text in its SVG
     wide, narrow = (Markup(plot.svg(narrow=narrow)) for narrow in (False, True))
     return {"wide": wide, "narrow": narrow, "caption": plot.caption, "name": plot.name}
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
-def _total(stages: Sequence[Stage]) -> float | None:
+def total_seconds(stages: Sequence[Stage]) -> float | None:
+    """Seconds of all stages whose time is known."""
     known = [stage.seconds for stage in stages if stage.seconds is not None]
     return sum(known) if known else None
 
@@ -139,20 +167,22 @@ def _search_facts(run: Run, stage: Stage, search: Search, suffix: str) -> dict[s
     state, factors = search.state, search.factors
     source: Any = vars(factors) if factors else state
     window = [source.get(name) for name in ("original_length", "target_length")]
-    scores = [line["score"] for line in search.evaluations if line.get("score") is not None]
-    failed = len(search.evaluations) - len(scores)
+    dropped, cached = state.get("dropped") or None, state.get("cached") or None
+    failed = sum(line.get("score") is None for line in search.evaluations) or None
     facts = [
         ("window", f"{length_text(window[0])} to {length_text(window[1])} tokens" if all(window) else None),
         ("objective", state.get("objective")),
         ("documents", state.get("documents")),
         ("evaluations", state.get("evaluations")),
+        ("of them given up early", dropped),
+        ("of them known before", cached),
+        ("of them without a finite score", failed),
         ("forward passes of a document", state.get("forwards")),
         ("best score", f"{state['best']:.4f} nats" if isinstance(state.get("best"), float) else None),
         *(
             (f"score of {method_name(name)}", f"{score:.4f} nats")
             for name, score in figures.baseline_scores(search).items()
         ),
-        ("candidates without a finite score", failed or None),
         ("pairs held at 1", state.get("pinned")),
         ("start tokens", factors.start_tokens if factors else None),
         ("attention factor", f"{factors.attention_factor:.4f}" if factors else None),
@@ -163,11 +193,27 @@ def _search_facts(run: Run, stage: Stage, search: Search, suffix: str) -> dict[s
         "facts": [
             (name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in facts if value is not None
         ],
+        "held_out": _held_out(mapping(state.get("held_out"))),
         "finished": bool(state.get("finished", factors is not None)),
         "curve": f"search_curve{suffix}",
         "factors": f"factors{suffix}",
         "base_known": run.rope_base(stage) is not None,
     }
+
+
+def _held_out(judged: dict[str, Any]) -> str | None:
+    """The judgement of the winner in a sentence; None if there was none."""
+    names = ("score", "low", "high", "difference", "difference_low", "difference_high")
+    if not all(isinstance(judged.get(name), int | float) for name in names):
+        return None
+    low, high = judged["difference_low"], judged["difference_high"]
+    outcome = "better than" if high < 0 else "worse than" if low > 0 else "within the noise of"
+    return (
+        f"On {judged.get('documents')} documents that the search has not seen the winner scores {judged['score']:.4f}"
+        f" nats (95\u00a0% interval {judged['low']:.4f} to {judged['high']:.4f}), {outcome} the best formula,"
+        f" {method_name(str(judged.get('best_baseline')))}: the difference is {signed(judged['difference'])} nats"
+        f" ({signed(low)} to {signed(high)})."
+    )
 
 
 def _search_seconds(search: Search) -> str | None:

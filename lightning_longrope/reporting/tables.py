@@ -16,7 +16,7 @@ from lightning_longrope.reporting.names import (
     value_text,
 )
 from lightning_longrope.reporting.results import Result, Results
-from lightning_longrope.reporting.verdict import Outcome, ratio_outcome
+from lightning_longrope.reporting.verdict import Comparison, Outcome, ratio_outcome
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def by_length(results: Results, metric: str) -> Table:
     lines = []
     for method in results.methods(metric):
         rows = [results.get(method, metric, length) for length in lengths]
-        cells = [_cell(row, _best_value(results, row)) for row in rows]
+        cells = [cell(row, _best_value(results, row)) for row in rows]
         lines.append(Line(method_name(method), look(method).slot, cells))
     return Table(metric_name(metric), [length_text(length) for length in lengths], lines)
 
@@ -71,7 +71,7 @@ def by_run(runs: Sequence[tuple[str, Results]], metric: str, method: str) -> Tab
     lines = []
     for number, ((name, results), found) in enumerate(zip(runs, rows, strict=True)):
         if found:
-            cells = [_cell(results.get(method, metric, length)) for length in lengths]
+            cells = [cell(results.get(method, metric, length)) for length in lengths]
             lines.append(Line(name, run_slot(number), cells))
     title = f"{metric_name(metric)}, {method_name(method)}"
     return Table(title, [length_text(length) for length in lengths], lines) if lines else None
@@ -89,18 +89,30 @@ def against_baselines(results: Results, metric: str) -> Table | None:
     lines = []
     for baseline, name in baselines.items():
         for method in results.methods(name):
-            cells = [_ratio_cell(results.get(method, name, length)) for length in lengths]
+            cells = [ratio_cell(results.get(method, name, length)) for length in lengths]
             lines.append(Line(f"{method_name(method)} against {method_name(baseline)}", look(method).slot, cells))
     title = f"{metric_name(metric)} against the formulas, document by document"
     return Table(title, [length_text(length) for length in lengths], lines) if lines else None
 
 
-def _ratio_cell(row: Result | None) -> Cell:
+def ratio_cell(row: Result | None) -> Cell:
+    """A ratio as a change in per cent, marked as better or worse than 1."""
     if row is None:
         return Cell("")
     ends = None if row.low is None or row.high is None else (percent_text(row.low - 1), percent_text(row.high - 1))
     title = f"ratio {row.value:.4f}, {row.n} documents" if row.n else f"ratio {row.value:.4f}"
     return Cell(f"{percent_text(row.value - 1)}\u00a0%", ends, title, outcome=ratio_outcome(row))
+
+
+def change_cell(claim: Comparison) -> Cell:
+    """A comparison as a change: in per cent, of accuracies in points."""
+    if math.isnan(claim.change):
+        return Cell("no finite loss", outcome=claim.outcome)
+    unit, digits = ("points", 0) if claim.ours.metric in ACCURACIES else ("%", 1)
+    known = claim.low is not None and claim.high is not None
+    ends = (percent_text(claim.low or 0, digits), percent_text(claim.high or 0, digits)) if known else None
+    title = "document by document" if claim.paired else "as if on different documents"
+    return Cell(f"{percent_text(claim.change, digits)}\u00a0{unit}", ends, title, outcome=claim.outcome)
 
 
 def _group(method: str) -> str:
@@ -120,7 +132,8 @@ def _best_value(results: Results, row: Result | None) -> float | None:
     return max(values) if row.metric in ACCURACIES else min(values)
 
 
-def _cell(row: Result | None, best: float | None = None) -> Cell:
+def cell(row: Result | None, best: float | None = None) -> Cell:
+    """A measurement with its interval; bold where it is ``best``."""
     if row is None:
         return Cell("")
     ends = None if row.low is None else (_number(row.metric, row.low), _number(row.metric, row.high))
@@ -144,12 +157,12 @@ def heat_table(results: Results, metric: str, method: str, name: str) -> Table |
     depths, lengths = results.depths(metric), results.lengths(metric)
     cells = [[_heat_cell(results.get(method, metric, length, depth)) for length in lengths] for depth in depths]
     lines = [Line(f"{100 * depth:.3g} %", None, row) for depth, row in zip(depths, cells, strict=True)]
-    known = any(cell.text for row in cells for cell in row)
+    known = any(one.text for row in cells for one in row)
     return Table(name, [length_text(length) for length in lengths], lines) if known else None
 
 
 def _heat_cell(row: Result | None) -> Cell:
     if row is None:
         return Cell("")
-    plain = _cell(row)
+    plain = cell(row)
     return Cell(_number(row.metric, row.value), title=f"{plain.text}, {plain.title}", heat=min(max(row.value, 0), 1))

@@ -189,9 +189,7 @@ def verdict(results: Results, extensions: Sequence[Extension]) -> Verdict:
 
 def _extension(results: Results, extension: Extension) -> Verdict | None:
     """What is said of the searched factors and of what was tuned from them; None if no baseline was measured."""
-    subject = f"{extension.prefix}searched"
-    claims = {metric: _claim(results, extension, subject, metric) for metric in _SENTENCES}
-    made = {metric: claim for metric, claim in claims.items() if claim is not None}
+    made = claims(results, extension)
     if not made:
         return None
     sentences = [
@@ -200,15 +198,23 @@ def _extension(results: Results, extension: Extension) -> Verdict | None:
             value=value_text(metric, claim.ours.value),
             length=length_text(claim.ours.length),
         )
-        + f", {clause(claim, _baseline_name(claim))}."
+        + f", {clause(claim, baseline_name(claim))}."
         for metric, claim in made.items()
     ]
-    tiles = [_tile(claim, _baseline_name(claim)) for claim in _main(made).values()]
+    tiles = [_tile(claim, baseline_name(claim)) for claim in _main(made).values()]
     after, tuned_tiles = _tuned(results, extension, made)
     return Verdict(_headline(extension, made), (*sentences, *after), (*tiles, *tuned_tiles))
 
 
-def _baseline_name(claim: Comparison) -> str:
+def claims(results: Results, extension: Extension) -> dict[str, Comparison]:
+    """The searched factors against the best baseline, by metric; metrics that were not measured are left out."""
+    subject = f"{extension.prefix}searched"
+    found = {metric: _claim(results, extension, subject, metric) for metric in _SENTENCES}
+    return {metric: claim for metric, claim in found.items() if claim is not None}
+
+
+def baseline_name(claim: Comparison) -> str:
+    """Display name of what the searched factors are held against."""
     return method_name(claim.theirs.method.removeprefix("second_"))
 
 
@@ -217,7 +223,7 @@ _SENTENCES = {
     "perplexity_last128": "Over the last 128 of {length} tokens the perplexity is {value}",
     "passkey": "At {length} tokens {value} of the hidden pass keys are repeated",
 }
-_SHORT_NAMES = {"perplexity": "perplexity", "perplexity_last128": "the last 128 tokens", "passkey": "pass keys"}
+SHORT_NAMES = {"perplexity": "perplexity", "perplexity_last128": "the last 128 tokens", "passkey": "pass keys"}
 _VERBS: dict[Outcome, tuple[str, str]] = {
     "better": ("beat the best baseline", "beat it"),
     "same": ("are within the noise of the best baseline", "are within the noise"),
@@ -251,20 +257,20 @@ def _best(rows: Sequence[Result]) -> Result:
     return min(reversed(rows), key=lambda row: order * row.value)
 
 
-def _main(claims: dict[str, Comparison]) -> dict[str, Comparison]:
+def _main(made: dict[str, Comparison]) -> dict[str, Comparison]:
     """The claims that a headline is made of."""
-    return {metric: claim for metric, claim in claims.items() if metric in ("perplexity", "passkey")} or claims
+    return {metric: claim for metric, claim in made.items() if metric in ("perplexity", "passkey")} or made
 
 
-def _headline(extension: Extension, claims: dict[str, Comparison]) -> str:
+def _headline(extension: Extension, made: dict[str, Comparison]) -> str:
     """One sentence: where the searched factors win, tie and lose."""
-    main = _main(claims)
+    main = _main(made)
     groups: dict[Outcome, list[str]] = {}
     for metric, claim in main.items():
-        groups.setdefault(claim.outcome, []).append(_SHORT_NAMES[metric])
+        groups.setdefault(claim.outcome, []).append(SHORT_NAMES[metric])
     order: tuple[Outcome, ...] = ("better", "worse", "same", "unknown")
     parts = [(outcome, " and ".join(groups[outcome])) for outcome in order if outcome in groups]
-    baselines = {_baseline_name(claim) for claim in main.values()}
+    baselines = {baseline_name(claim) for claim in main.values()}
     named = f" ({baselines.pop()})" if len(baselines) == 1 else ""
     first = f"{_VERBS[parts[0][0]][0]}{named} on {parts[0][1]}"
     others = [f"on {metrics} they {_VERBS[outcome][1]}" for outcome, metrics in parts[1:]]
@@ -275,18 +281,19 @@ def _headline(extension: Extension, claims: dict[str, Comparison]) -> str:
 
 def _tile(claim: Comparison, against: str) -> Tile:
     ours, theirs = claim.ours, claim.theirs
-    label = f"{_SHORT_NAMES[ours.metric]} at {length_text(ours.length)}, {method_name(ours.method)}"
-    unit = "points" if ours.metric in ACCURACIES else "%"
-    change = "no finite loss" if math.isnan(claim.change) else f"{percent_text(claim.change)}\u00a0{unit}"
+    label = f"{SHORT_NAMES[ours.metric]} at {length_text(ours.length)}, {method_name(ours.method)}"
+    unit, digits = ("points", 0) if ours.metric in ACCURACIES else ("%", 1)
+    percent = f"{percent_text(claim.change, digits)}\u00a0{unit}"
+    change = "no finite loss" if math.isnan(claim.change) else percent
     note = f"{change} against {against} ({value_text(theirs.metric, theirs.value)})"
     return Tile(label[0].upper() + label[1:], value_text(ours.metric, ours.value), note, claim.outcome)
 
 
-def _tuned(results: Results, extension: Extension, claims: dict[str, Comparison]) -> tuple[list[str], list[Tile]]:
+def _tuned(results: Results, extension: Extension, made: dict[str, Comparison]) -> tuple[list[str], list[Tile]]:
     """What tuning added to the searched factors, and what it cost in the pretrained window."""
     parts, tiles = [], []
     for metric, form in (("perplexity", "perplexity {}"), ("passkey", "{} of the pass keys")):
-        before = claims.get(metric)
+        before = made.get(metric)
         after = results.get(extension.tuned, metric, before.ours.length) if before else None
         if before and after and _usable(before.ours):
             change = compare(after, before.ours)
@@ -335,7 +342,7 @@ def _best_of(rows: Sequence[Result]) -> str:
     best = _best(rows)
     others = [row for row in rows if row is not best]
     value = value_text(best.metric, best.value)
-    name = _SHORT_NAMES.get(best.metric, metric_name(best.metric))
+    name = SHORT_NAMES.get(best.metric, metric_name(best.metric))
     start = f"At {length_text(best.length)} tokens {method_name(best.method)} has {name} {value}"
     if not others:
         return f"{start}; no other method was measured."

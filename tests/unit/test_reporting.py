@@ -1,131 +1,38 @@
 """The report against the numbers that went into it: every one of them is written here, and read back from the page."""
 
+import base64
 import csv
 import json
 import math
-import random
 import shutil
 from html.parser import HTMLParser
 
 import matplotlib
 import pytest
+from report_runs import (
+    LENGTHS,
+    PERPLEXITY,
+    SEARCHED,
+    TRIALS,
+    measurements,
+    perplexity_row,
+    write_csv,
+    write_run,
+    write_search,
+)
 
-from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.reporting import Result, Results, compare, read_run, verdict, write_report
+from lightning_longrope.reporting import (
+    Result,
+    Results,
+    compare,
+    read_run,
+    verdict,
+    write_comparison,
+    write_report,
+)
 from lightning_longrope.reporting.drawing import spread
 from lightning_longrope.reporting.verdict import Extension
 from lightning_longrope.search.journal import Journal
-
-LENGTHS = (64, 128, 256, 512, 1024)
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TRIALS = 20
-PERPLEXITY = {
-    "none": (15.21, 12.97, 16.40, 21.90, 28.40),
-    "linear": (47.30, 45.10, 46.00, 48.20, 50.80),
-    "ntk": (16.30, 14.02, 13.61, 14.25, 16.60),
-    "dynamic_ntk": (15.21, 12.97, 13.20, 14.80, 16.60),
-    "yarn": (16.02, 13.90, 13.31, 13.02, 13.10),
-    "searched": (15.80, 13.60, 12.95, 12.61, 12.44),
-    "tuned": (15.60, 13.39, 12.10, 11.02, 10.22),
-}
-HITS = {  # keys repeated of 20, by length and depth
-    "none": [[20] * 5, [20, 20, 20, 20, 20], [0, 2, 9, 18, 20], [0, 0, 0, 4, 15], [0] * 5],
-    "linear": [[0] * 5] * 5,
-    "ntk": [[20] * 5, [20] * 5, [20, 19, 20, 20, 20], [9, 12, 14, 16, 18], [0, 1, 1, 2, 4]],
-    "dynamic_ntk": [[20] * 5, [20] * 5, [20, 18, 20, 20, 20], [7, 10, 12, 14, 19], [0, 1, 1, 2, 4]],
-    "yarn": [[20] * 5, [20] * 5, [20] * 5, [18, 17, 18, 19, 20], [5, 7, 8, 11, 16]],
-    "searched": [[20] * 5, [20] * 5, [20] * 5, [20, 19, 20, 20, 20], [18, 18, 18, 19, 20]],
-    "tuned": [[20] * 5, [20] * 5, [20] * 5, [20, 20, 19, 20, 20], [19, 19, 19, 20, 20]],
-}
-SHAPE = {"rotary_size": 64, "base": 10_000.0, "original_length": 128, "target_length": 1024}
-SEARCHED = RescaleFactors(
-    (1.0,) * 4 + tuple(round(8 ** (i / 27), 2) for i in range(28)), 128, 1024, attention_factor=1.195
-)
-
-
-def perplexity_row(method, metric, length, value, spread=0.01, n=24):
-    return (method, metric, length, "", value, value * (1 - spread), value * (1 + spread), n)
-
-
-def measurements(spread=0.01):
-    """Rows of eval/results.csv, in the vocabulary and order in which a comparison writes them."""
-    rows = []
-    for method, values in PERPLEXITY.items():
-        for length, value in zip(LENGTHS, values, strict=True):
-            rows.append(perplexity_row(method, "perplexity", length, value, spread))
-            rows.append(perplexity_row(method, "bits_per_byte", length, math.log2(value) / 2.7, spread))
-            if length > 128:
-                rows.append(perplexity_row(method, "perplexity_last128", length, value * 0.97, spread))
-        for length, hits in zip(LENGTHS, HITS[method], strict=True):
-            for depth, hit in zip(DEPTHS, hits, strict=True):
-                rows.append((method, "passkey", length, depth, hit / TRIALS, 0.0, 1.0, TRIALS))
-    return rows
-
-
-def write_csv(path, rows, header="method,metric,length,depth,value,low,high,n"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n", encoding="utf-8")
-
-
-def write_search(folder, evaluations=100):
-    """A search as `search_factors` leaves it: three baselines, then candidates that get better."""
-    random_numbers = random.Random(0)
-    baselines = {"linear": 7.82, "ntk": 4.91, "yarn": 3.214}
-    lines = [("baseline:" + name, score) for name, score in baselines.items()]
-    for index in range(evaluations):
-        floor = 2.71 + 0.55 * math.exp(-index / 25)
-        lines.append(("ramp" if index < 40 else "mutation", round(floor + random_numbers.expovariate(1 / 0.35), 4)))
-    lines[20] = ("ramp", None)
-    journal = Journal(folder / "history.jsonl", {"seed": 0})
-    journal.append(
-        {
-            "evaluation": index,
-            "generation": index // 20 - 1,
-            "origin": origin,
-            "values": [1.0 + index] * 32,
-            "start_tokens": 0,
-            "attention_factor": 1.195,
-            "score": score,
-            "parts": {"text": None if score is None else score * 0.8, "answer": None if score is None else score * 0.2},
-            "seconds": 0.15,
-        }
-        for index, (origin, score) in enumerate(lines)
-    )
-    best = min(score for _, score in lines if score is not None)
-    counts = {"evaluations": evaluations, "forwards": 5 * (evaluations + 3), "documents": 5, "pinned": 4}
-    state = {**SHAPE, **counts, "baselines": baselines, "best": best, "objective": "mixed", "finished": True}
-    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    SEARCHED.save(folder / "factors.json")
-    return lines
-
-
-def write_run(folder, rows=None):
-    """A whole recipe as the quick start leaves it."""
-    stages = [("1-pretrain", "fit", 236.4), ("2-search", "search", 41.7), ("3-finetune", "fit", 101.9)]
-    stages += [("4-evaluate", "compare", 88.0), ("5-export", "export", 3.2)]
-    for name, _, _ in stages[:4]:
-        (folder / name).mkdir(parents=True)
-        (folder / name / "config.yaml").write_text(
-            f"# {name}\nmodel:\n  init_args:\n    config:\n      rope_theta: 1e4\n"
-        )
-    for name, steps, start, end in (("1-pretrain", 1200, 6.9, 2.6), ("3-finetune", 80, 2.9, 2.35)):
-        log = [
-            (step, "", round(end + (start - end) * math.exp(-6 * step / steps) + 0.05 * math.sin(step), 4))
-            for step in range(9, steps, steps // 60)
-        ]
-        write_csv(folder / name / "lightning_logs/version_0/metrics.csv", log, "step,val_perplexity,train_loss")
-    write_search(folder / "2-search" / "search")
-    write_csv(folder / "4-evaluate" / "eval" / "results.csv", measurements() if rows is None else rows)
-    record = {
-        "recipe": "configs/quickstart",
-        "command": "longrope run configs/quickstart --seed 1",
-        "seed": 1,
-        "versions": {"python": "3.11.9", "lightning_longrope": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
-        "machine": "Linux x86_64, 2 threads, x86_64",
-        "stages": [{"name": n, "command": c, "seconds": s, "status": "finished"} for n, c, s in stages],
-    }
-    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    return folder
 
 
 class Page(HTMLParser):
@@ -188,6 +95,13 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(run):
     return Page(run / "report.html")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are slow, and not the point."""
+    monkeypatch.setattr("lightning_longrope.reporting.drawing.Plot.svg", lambda plot, narrow: "")
+    monkeypatch.setattr("lightning_longrope.reporting.drawing.Plot.save", lambda plot, folder: None)
 
 
 def say(rows, extension=None):
@@ -303,9 +217,10 @@ def test_page_states_how_the_run_was_made(page):
 
 
 def test_page_needs_nothing_but_itself(run, page):
-    assert {"script", "link", "img", "iframe", "object"}.isdisjoint(page.tags)
+    assert {"script", "img", "iframe", "object"}.isdisjoint(page.tags)
     links = {value for _, name, value in page.attributes if name in ("href", "src", "xlink:href", "srcset")}
-    assert links
+    assert len(links) > 10
+    links -= {"data:,"}  # no icon
     assert all(link.startswith(("#", "figures/", "results.csv")) for link in links)
     assert all((run / link).is_file() for link in links if not link.startswith("#"))
     ids = [value for _, name, value in page.attributes if name == "id"]
@@ -359,7 +274,7 @@ def test_verdict_does_not_call_noise_a_win():
         == "At 1,024 tokens the searched factors are within the noise of the best baseline (YaRN) on perplexity."
     )
     assert "1.1\u00a0% below YaRN (13.10), which is within the noise" in noise.sentences[0]
-    assert "(95\u00a0% interval of the difference: −2.5 to +0.3\u00a0%)" in noise.sentences[0]
+    assert "95\u00a0% interval −2.5 to +0.3\u00a0%." in noise.sentences[0]
     assert "beat" in two(12.9, 13.1, spread=0.001).headline
     assert "lose" in two(13.1, 12.9, spread=0.001).headline
     assert "no interval" in two(12.9, 13.1, spread=0).headline  # one document has an interval without width
@@ -376,7 +291,10 @@ def test_verdict_prefers_the_ratio_on_the_same_documents():
     paired = two(12.95, 13.1, rows=[ratio])
     assert "within the noise" in two(12.95, 13.1).headline
     assert "beat" in paired.headline
-    assert "1.5\u00a0% below YaRN" in paired.sentences[0]
+    assert (
+        "1.5\u00a0% below YaRN (13.10), 95\u00a0% interval −2.1 to −0.9\u00a0% document by document."
+        in paired.sentences[0]
+    )
 
 
 def test_verdict_survives_a_model_that_broke():
@@ -462,11 +380,7 @@ def test_names_from_files_are_text_and_never_markup(tmp_path):
         ("run.json", "times, versions and machine are not on record"),
     ],
 )
-def test_missing_parts_are_left_out_with_a_sentence(run, tmp_path, part, sentence, monkeypatch):
-    monkeypatch.setattr(
-        "lightning_longrope.reporting.drawing.Plot.svg", lambda plot, narrow: ""
-    )  # slow, and not the point
-    monkeypatch.setattr("lightning_longrope.reporting.drawing.Plot.save", lambda plot, folder: None)
+def test_missing_parts_are_left_out_with_a_sentence(run, tmp_path, part, sentence, undrawn):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     assert sentence not in Page(write_report(folder)).text
@@ -531,3 +445,88 @@ def test_report_is_repeatable_and_leaves_matplotlib_and_the_folder_alone(run):
 def test_labels_are_moved_apart_in_order():
     places = spread([0.5, 0.52, 0.51, 0.9, 0.0], gap=0.1)
     assert places == pytest.approx([0.41, 0.61, 0.51, 0.9, 0.0])
+
+
+def test_ratios_on_the_same_documents_are_a_table_of_changes(tmp_path, undrawn):
+    ratios = [("searched", "perplexity_over_yarn", 512, "", 0.985, 0.979, 0.991, 24),
+              ("searched", "perplexity_over_yarn", 1024, "", 1.004, 0.99, 1.02, 24),
+              ("tuned", "perplexity_over_yarn", 1024, "", 1.05, 1.01, 1.09, 24)]  # fmt: skip
+    write_csv(tmp_path / "eval" / "results.csv", [*measurements(), *ratios])
+    page = Page(write_report(tmp_path))
+    table = page.tables["Perplexity against the formulas, document by document"]
+    assert [[cell["text"].replace("\u00a0", " ") for cell in row] for row in table] == [
+        ["tokens read", "512", "1,024"],
+        ["searched against YaRN", "−1.5 %", "+0.4 %"],
+        ["tuned against YaRN", "", "+5.0 %"],
+    ]
+    assert [cell["class"] for cell in table[1][1:]] == ["ratio better", "ratio same"]
+    assert table[2][2]["class"] == "ratio worse"
+    assert table[1][1]["small"] == "−2.1 to −0.9"
+    assert "Perplexity over that of YaRN" not in page.text
+
+
+def test_nll_by_position_is_drawn_of_the_longest_window(tmp_path):
+    rows = [("yarn", 512, 1, 256, 9.0, 8.0, 10.0, 24)]
+    rows += [(method, 1024, start, start + 256, 2.5 + 0.01 * start, 2.4, 2.6, 24)
+             for method in ("yarn", "searched") for start in range(0, 1024, 256)]  # fmt: skip
+    write_csv(tmp_path / "4-evaluate/eval/results.csv", measurements())
+    write_csv(tmp_path / "4-evaluate/eval/positions.csv", rows, "method,length,start,end,nll,low,high,n")
+    page = Page(write_report(tmp_path))
+    drawn = read_csv(tmp_path / "figures/positions.csv")
+    assert [(row["method"], int(row["start"]), float(row["nll"])) for row in drawn] == [
+        (method, start, nll) for method, length, start, _, nll, *_ in rows if length == 1024
+    ]
+    assert "How well tokens at each place of a window of 1,024 tokens" in page.text
+
+
+def test_search_tells_what_was_given_up_and_how_the_winner_did_on_held_out_documents(tmp_path):
+    lines = write_search(tmp_path / "search")
+    journal = tmp_path / "search" / "history.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines[41] |= {"status": "dropped", "score": 0.5}  # extrapolated, and no rival of the best
+    journal.unlink()
+    again = Journal(journal, lines[0]["fingerprint"])
+    again.append({key: value for key, value in line.items() if key != "crc"} for line in lines[1:])
+    state = json.loads((tmp_path / "search/state.json").read_text())
+    judged = {"score": 2.81, "low": 2.7, "high": 2.93, "documents": 7, "best_baseline": "yarn"}
+    judged |= {"difference": -0.49, "difference_low": -0.61, "difference_high": -0.37}
+    (tmp_path / "search/state.json").write_text(json.dumps({**state, "dropped": 1, "held_out": judged}))
+    page = Page(write_report(tmp_path))
+    rows = read_csv(tmp_path / "figures/search_curve.csv")
+    assert min(float(row["best"]) for row in rows if row["best"]) == min(
+        line["score"] for line in lines[4:] if line["score"] and line.get("status") != "dropped"
+    )
+    assert "Crosses are 1 candidates that were given up" in page.text
+    assert "of them given up early 1" in page.text
+    assert (
+        "On 7 documents that the search has not seen the winner scores 2.8100 nats"
+        " (95\u00a0% interval 2.7000 to 2.9300), better than the best formula, YaRN:"
+        " the difference is −0.4900 nats (−0.6100 to −0.3700)." in page.text
+    )
+
+
+def test_pictures_of_the_data_are_inside_the_page(run, tmp_path, undrawn):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    picture = (folder / "figures/training.png").read_bytes()
+    (folder / "1-pretrain/figures").mkdir()
+    (folder / "1-pretrain/figures/data_train.png").write_bytes(picture)
+    page = Page(write_report(folder))
+    (source,) = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
+    assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == picture
+    assert ("a", "href", "1-pretrain/figures/data_train.png") in page.attributes
+
+
+def test_credentials_in_old_files_do_not_reach_the_page(run, tmp_path, monkeypatch, undrawn):
+    monkeypatch.setenv("HF_TOKEN", "planted in the environment")
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    config = folder / "1-pretrain/config.yaml"
+    config.write_text(config.read_text() + "token: planted-in-the-configuration\nnote: planted in the environment\n")
+    record = json.loads((folder / "run.json").read_text())
+    record["command"] += " --data.password planted-in-the-command"
+    (folder / "run.json").write_text(json.dumps(record))
+    other = write_run(tmp_path / "other")
+    pages = [write_report(folder), write_comparison([folder, other], tmp_path / "both.html")]
+    assert all("planted" not in page.read_text() for page in pages)
+    assert all(page.read_text().count("REDACTED") for page in pages)
