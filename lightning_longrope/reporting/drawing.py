@@ -133,11 +133,12 @@ def length_axis(axes: "Axes", lengths: Sequence[int], margin: float) -> None:
     figure, place = axes.get_figure(root=True), axes.get_subplotspec()
     assert figure is not None
     assert place is not None
-    inches = figure.get_figwidth() / place.get_gridspec().ncols
-    room = (math.log2(lengths[-1] / lengths[0]) + 2 * margin) * 0.62 / max(inches - 1.0, 0.5)  # doublings of a name
+    inches = figure.get_figwidth() / place.get_gridspec().ncols - 0.8
+    doubling = inches / (math.log2(lengths[-1] / lengths[0]) + 2 * margin or 1.0)
     named: list[int] = []
     for length in sorted(lengths, reverse=True):
-        if not named or math.log2(named[-1] / length) >= room:
+        room = doubling * math.log2(named[-1] / length) if named else math.inf
+        if room >= 0.05 * (len(length_text(length)) + len(length_text((named or [length])[-1]))):
             named.append(length)
     axes.set_xticks(list(lengths), labels=[length_text(length) if length in named else "" for length in lengths])
     axes.set_xticks([], minor=True)
@@ -216,7 +217,7 @@ def legend(figure: "Figure", named: Sequence[tuple[str, Look]], narrow: bool, *,
         for _, one in named
     ]
     names = [_short(name) for name, _ in named]
-    fit = (44 if narrow else 96) // (max(len(name) for name in names) + 6)
+    fit = (54 if narrow else 96) // (max(len(name) for name in names) + 6)
     found = figure.legend(
         lines, names, loc="outside lower center", ncols=max(1, min(fit, len(named))), frameon=False, fontsize=8.5
     )
@@ -255,6 +256,8 @@ def _too_close(lower: tuple[float, list[int]], upper: tuple[float, list[int]], g
 
 def scatter(axes: "Axes", x: Sequence[float], y: Sequence[float], marker: str = "o") -> None:
     """Many faint points; as pixels where there are thousands."""
+    if not x:
+        return  # nothing at all would be laid out at the corner of the figure
     axes.plot(
         x,
         y,

@@ -257,8 +257,9 @@ def by_position(stages: Sequence[Stage], name: str = "positions") -> Plot | None
             own = sorted((row for row in rows if row.method == method), key=lambda row: row.start)
             x = [(row.start + row.end) / 2 for row in own]
             drawn, main = look(method), method in ("searched", "tuned")
-            band = ([row.low for row in own], [row.high for row in own])
-            axes.fill_between(x, *band, color=drawn.light, alpha=0.12, linewidth=0, zorder=2)
+            if main:
+                band = ([row.low for row in own], [row.high for row in own])
+                axes.fill_between(x, *band, color=drawn.light, alpha=0.12, linewidth=0, zorder=2)
             width = 2.4 if main else 1.4
             axes.plot(
                 x, [row.nll for row in own], color=drawn.light, linestyle=drawn.line, linewidth=width, zorder=3 + main
@@ -272,8 +273,8 @@ def by_position(stages: Sequence[Stage], name: str = "positions") -> Plot | None
 
     table: list[tuple[object, ...]] = [(r.method, r.length, r.start, r.end, r.nll, r.low, r.high) for r in rows]
     caption = (
-        f"How well tokens at each place of a window of {length_text(longest)} tokens are predicted; a method that"
-        " rises has run out of its window. Bands are 95 % intervals over documents."
+        f"How well tokens at each place of a window of {length_text(longest)} tokens are predicted; a method that rises"
+        " has run out of its window. Bands, of the searched and the tuned model, are 95 % intervals over documents."
     )
     return Plot(name, caption, ("method", "length", "start", "end", "nll", "low", "high"), table, draw)
 

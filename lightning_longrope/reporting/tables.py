@@ -84,13 +84,14 @@ def _is_mean(row: Result, metric: str, method: str) -> bool:
 def against_baselines(results: Results, metric: str) -> Table | None:
     """``metric`` against that of baselines on the same documents, with paired intervals; None if not measured."""
     found = {name: split_ratio(name) for name in results.metrics}
-    baselines = {ratio[1]: name for name, ratio in found.items() if ratio and ratio[0] == metric}
-    lengths = sorted({row.length for name in baselines.values() for row in results.rows if row.metric == name})
+    names = [name for name, ratio in found.items() if ratio and ratio[0] == metric]
+    lengths = sorted({length for name in names for length in results.lengths(name)})
     lines = []
-    for baseline, name in baselines.items():
+    for name in sorted(names, key=lambda name: -len(results.lengths(name))):  # those with gaps last
+        baseline = method_name((found[name] or ("", ""))[1])
         for method in results.methods(name):
             cells = [ratio_cell(results.get(method, name, length)) for length in lengths]
-            lines.append(Line(f"{method_name(method)} against {method_name(baseline)}", look(method).slot, cells))
+            lines.append(Line(f"{method_name(method)} against {baseline}", look(method).slot, cells))
     title = f"{metric_name(metric)} against the formulas, document by document"
     return Table(title, [length_text(length) for length in lengths], lines) if lines else None
 
@@ -147,7 +148,9 @@ def _number(metric: str, value: float | None) -> str:
 
 
 def heat_tables(results: Results, metric: str) -> list[Table]:
-    """A table of depths and lengths for each method that was measured by depth."""
+    """A table of depths and lengths for each method that was measured by depth; none where no answer was right."""
+    if not any(row.value for row in results.rows if row.metric == metric):
+        return []
     found = [heat_table(results, metric, method, method_name(method)) for method in results.methods(metric)]
     return [table for table in found if table is not None]
 

@@ -258,8 +258,12 @@ def _best(rows: Sequence[Result]) -> Result:
 
 
 def _main(made: dict[str, Comparison]) -> dict[str, Comparison]:
-    """The claims that a headline is made of."""
-    return {metric: claim for metric, claim in made.items() if metric in ("perplexity", "passkey")} or made
+    """The claims that a headline is made of; that of the window's end only where the mean over it is too kind."""
+    outcomes = {metric: claim.outcome for metric, claim in made.items()}
+    names = ["perplexity", "passkey"]
+    if outcomes.get("perplexity_last128") == "worse" != outcomes.get("perplexity"):
+        names.insert(1, "perplexity_last128")
+    return {metric: made[metric] for metric in names if metric in made} or made
 
 
 def _headline(extension: Extension, made: dict[str, Comparison]) -> str:
@@ -311,7 +315,8 @@ def _short_window(results: Results, extension: Extension) -> list[str]:
     before, after = (results.get(method, "perplexity", length) for method in ("none", extension.tuned))
     if before is None or after is None or not _usable(before):
         return []
-    words = clause(compare(after, before), "the unchanged model")
+    paired = results.get(extension.tuned, "perplexity_over_none", length)
+    words = clause(compare(after, before, paired), "the unchanged model")
     value = value_text("perplexity", after.value)
     return [f"At the pretrained {length_text(length)} tokens the tuned model reads at perplexity {value}, {words}."]
 

@@ -297,6 +297,19 @@ def test_verdict_prefers_the_ratio_on_the_same_documents():
     )
 
 
+def test_headline_admits_a_loss_at_the_end_of_the_window_that_the_mean_hides():
+    end = [
+        perplexity_row("searched", "perplexity_last128", 1024, 15.0),
+        perplexity_row("yarn", "perplexity_last128", 1024, 13.0),
+    ]
+    found = two(12.0, 13.1, rows=end)
+    assert found.headline == (
+        "At 1,024 tokens the searched factors beat the best baseline (YaRN) on perplexity;"
+        " on the last 128 tokens they lose to it."
+    )
+    assert [tile.outcome for tile in found.tiles] == ["better", "worse"]
+
+
 def test_verdict_survives_a_model_that_broke():
     assert "lose" in two(math.inf, 13.1).headline
     assert "no finite loss" in two(math.nan, 13.1).sentences[0]
