@@ -51,9 +51,9 @@ def search_curve(search: Search, name: str = "search_curve") -> Plot | None:
         "Each dot is a candidate, the red line the best so far; level lines are the formulas on the same documents."
     )
     if raced:
-        caption += f" Crosses are {len(raced):,} candidates that were given up after some documents."
+        caption += f" Crosses: given up after some documents ({len(raced):,})."
     if outside:
-        caption += f" {outside:,} candidates lie above the frame and are drawn at its edge."
+        caption += f" Above the frame, drawn at its edge: {outside:,}."
     return Plot(name, caption, ("evaluation", "origin", "score", "best", "text", "answer"), _search_rows(search), draw)
 
 

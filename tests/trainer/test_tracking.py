@@ -12,6 +12,7 @@ import pytest
 import yaml
 from helpers import LLAMA
 from jsonargparse import Namespace
+from lightning.pytorch import Callback
 
 from lightning_longrope.__main__ import main
 from lightning_longrope.tracking import finish, keep_wandb_id, log_search, log_search_result
@@ -41,8 +42,15 @@ def stage(command, callbacks, **extra):
     trainer = {"accelerator": "cpu", "devices": 1, **quiet, "logger": loggers, "callbacks": callbacks}
     trainer |= extra.pop("trainer", {})
     data = part("lightning_longrope.datamodules.SampleTextDataModule",
-                seq_len=128, batch_size=2, vocab_size=300, cache_dir=f"{{out}}/data?token={IN_CONFIG}")  # fmt: skip
+                seq_len=128, batch_size=2, vocab_size=300, cache_dir="{out}/data")  # fmt: skip
     return {"command": command, "trainer": trainer, "data": data, **extra}
+
+
+class Uploader(Callback):
+    """Has a credential in its configuration."""
+
+    def __init__(self, token: str) -> None:
+        assert token == IN_CONFIG
 
 
 SAVING = part("lightning.pytorch.callbacks.ModelCheckpoint",
@@ -53,7 +61,7 @@ FIT = stage(
     trainer={"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
     model={"init_args": {"config": MODEL}},
 )
-FIT["trainer"]["callbacks"].append(SAVING)
+FIT["trainer"]["callbacks"] += [SAVING, part("test_tracking.Uploader", token=IN_CONFIG)]
 COMPARE = stage("compare", MEASURING, model={"init_args": {"name_or_path": "{out}/1-fit/checkpoints/last.ckpt"}},
                 target_length=256, methods=["none", "yarn"])  # fmt: skip
 
@@ -231,7 +239,7 @@ def test_credentials_stay_out_of_what_a_run_writes_about_itself(out):
         assert [path for path, content in said.items() if secret.encode() in content] == []
     assert "default_root_dir=s3://REDACTED@host/" in json.loads((out / "run.json").read_text())["command"]
     config = yaml.safe_load((out / "1-fit/config.yaml").read_text())
-    assert config["data"]["init_args"]["cache_dir"].endswith("/data?token=REDACTED")
+    assert config["trainer"]["callbacks"][-1]["init_args"] == {"token": "REDACTED"}
     assert config["data"]["init_args"]["vocab_size"] == 300
     assert Kept(out / "1-fit").config["data"] == config["data"]
 

@@ -108,7 +108,8 @@ OVERLAPS = """[...document.querySelectorAll("svg")].filter(s => s.getBoundingCli
 
 def test_paper_is_white_and_wide_figures_are_on_it(opened):
     tab, pages = opened
-    tab.open(pages["report"], dark=True, media="print")
+    tab.open(pages["report"], width=680, dark=True, media="print")  # A4 less its margins
+    assert tab.value("document.documentElement.scrollWidth") == 680
     assert luminance(tab.value("getComputedStyle(document.body).backgroundColor")) > 0.95
     assert tab.value("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert tab.value(SHOWN) == [False, True]

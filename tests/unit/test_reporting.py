@@ -509,11 +509,11 @@ def test_search_tells_what_was_given_up_and_how_the_winner_did_on_held_out_docum
     assert min(float(row["best"]) for row in rows if row["best"]) == min(
         line["score"] for line in lines[4:] if line["score"] and line.get("status") != "dropped"
     )
-    assert "Crosses are 1 candidates that were given up" in page.text
+    assert "Crosses: given up after some documents (1)." in page.text
     assert "of them given up early 1" in page.text
     assert (
         "On 7 documents that the search has not seen the winner scores 2.8100 nats"
-        " (95\u00a0% interval 2.7000 to 2.9300), better than the best formula, YaRN:"
+        " (95 % interval 2.7000 to 2.9300), better than the best formula, YaRN:"
         " the difference is −0.4900 nats (−0.6100 to −0.3700)." in page.text
     )
 
