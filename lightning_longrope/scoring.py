@@ -18,8 +18,8 @@ from lightning_longrope.objectives import Objective, SearchDocument
 
 Status = Literal["ok", "nan", "inf", "oom", "dropped"]
 
-LOGITS_AT_A_TIME = 1 << 24
-"""Most logits that exist at a time: 64 MiB in float32, whatever the vocabulary."""
+LOGITS_AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""Most logits that exist at a time, whatever the vocabulary: 16 MiB in float32 on a CPU, 128 MiB on a GPU."""
 
 
 @torch.no_grad()
@@ -99,7 +99,8 @@ def continuation_scores(
 def _positions_at_a_time(model: Any) -> int:
     """Positions that go through the output head together, 4,096 at most."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)
-    return max(1, min(4096, LOGITS_AT_A_TIME // vocabulary))
+    device = next(model.parameters()).device.type
+    return max(1, min(4096, LOGITS_AT_A_TIME.get(device, LOGITS_AT_A_TIME["cuda"]) // vocabulary))
 
 
 def _hidden(model: Any, input_ids: Tensor) -> Tensor:

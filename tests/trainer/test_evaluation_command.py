@@ -14,7 +14,7 @@ import yaml
 from helpers import tiny_llama
 from small_tokenizers import TEXT, byte_level
 
-from lightning_longrope import RescaleFactors, export_model, install_factors, load_model
+from lightning_longrope import RescaleFactors, export_model, install_factors, load_model, scoring
 from lightning_longrope.__main__ import main
 from lightning_longrope.harness import harness_model, measurements, run_tasks
 from lightning_longrope.scoring import continuation_scores
@@ -123,7 +123,7 @@ def _numbers(words):
 
 
 def test_continuations_of_rows_of_different_lengths_agree_with_the_stock_forward(monkeypatch):
-    monkeypatch.setattr("lightning_longrope.scoring.LOGITS_AT_A_TIME", 3 * 96)  # a few positions at a time
+    monkeypatch.setitem(scoring.LOGITS_AT_A_TIME, "cpu", 3 * 96)  # a few positions at a time
     model, generator = tiny_llama(), torch.Generator().manual_seed(3)
     texts = [torch.randint(96, (size,), generator=generator).tolist() for size in (9, 30, 5, 17)]
     with torch.no_grad():
