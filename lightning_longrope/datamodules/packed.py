@@ -1,5 +1,6 @@
 """Text of one's own, from files or the hub, tokenised once and packed into rows of exactly the window."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from lightning_longrope.datamodules.token_store import TokenStore
 from lightning_longrope.mixing import Mixture
 from lightning_longrope.packing import Documents, Policy, epoch_permutation
 
+log = logging.getLogger(__name__)
+
 SHARED = "files"
 """Name of the text that is split by shares."""
 
@@ -22,6 +25,8 @@ class PackedTextDataModule(TokenDataModule):
 
     Either each split has text of its own (``train_files``, ``val_files``, ``test_files``; ``hub`` with ``hub_splits``),
     or one text (``files``; ``hub``) is split by whole documents with ``val_share`` and ``test_share``.
+
+    A document that is word for word in two splits stays in the one that is evaluated, and a warning counts the copies.
 
     The text is tokenised once, into ``cache_dir``: about 2 bytes a token (4 for vocabularies above 65,536), so a
     terabyte of English takes some 500 GB. ``longrope tokenize -c CONFIG`` does it ahead of time, with many processes.
@@ -134,7 +139,7 @@ class PackedTextDataModule(TokenDataModule):
     @override
     def split(self, stores: dict[str, TokenStore]) -> dict[str, Documents]:
         if SHARED not in stores:
-            return super().split(stores)
+            return without_copies(super().split(stores))
         documents = stores[SHARED].documents
         order = epoch_permutation(len(documents), seed=self.seed, epoch=0, stream=2)
         splits, first = {}, 0
@@ -142,7 +147,7 @@ class PackedTextDataModule(TokenDataModule):
             if share:
                 last = first + max(1, round(share * len(documents)))
                 splits[name], first = documents.select(np.sort(order[first:last])), last
-        return {"train": documents.select(np.sort(order[first:])), **splits}
+        return without_copies({"train": documents.select(np.sort(order[first:])), **splits})
 
     @override
     def mixture(self) -> Mixture | None:
@@ -228,6 +233,29 @@ def _origins(
     if hub:
         return {SHARED if any(shares.values()) else split: (hub, theirs) for split, theirs in splits.items()}
     return {SHARED: files} if files else dict(own)
+
+
+def without_copies(splits: dict[str, Documents]) -> dict[str, Documents]:
+    """The splits, a document that is word for word in several kept in the last of train, validation and test alone.
+
+    Raises:
+        ValueError: If that leaves a split empty.
+    """
+    held, kept = np.empty(0, np.uint64), dict(splits)
+    for split in (name for name in reversed(SPLITS) if name in splits):
+        documents = splits[split]
+        assert documents.hashes is not None, "a token store knows the hashes of its documents"
+        copies = np.isin(documents.hashes, held)
+        if copies.any():
+            log.warning(
+                "%s: %d of %d documents are in another split too, word for word, and left out here.",
+                *(split, int(copies.sum()), len(documents)),
+            )
+            kept[split] = documents.select(np.flatnonzero(~copies))
+            if copies.all():
+                raise ValueError(f"All documents of the {split} split are in another split too: give it other text.")
+        held = np.union1d(held, documents.hashes) if split != "train" else held
+    return kept
 
 
 def _check_disjoint(files: dict[str, list[Path]]) -> None:

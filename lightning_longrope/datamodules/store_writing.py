@@ -30,14 +30,15 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lightning_longrope.datamodules.hashing import Hasher
 from lightning_longrope.datamodules.readers import BadRecord, Document, Place, Reading, Skipped
 from lightning_longrope.files import write_json
 from lightning_longrope.tokenizing import PIECE, TEXTS, Encoder, Piece, encode_in_order
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
-FILES = ("tokens.bin", "documents.bin", "sources.bin", "skipped.jsonl")
+FORMAT = 4
+FILES = ("tokens.bin", "documents.bin", "sources.bin", "hashes.bin", "skipped.jsonl")
 BLOCK = 1 << 26  # bytes under one checksum
 COMMIT = 10.0  # seconds between two states that a run can go on from
 LITTLE = 1 << 25  # bytes of files, packed as they are
@@ -270,6 +271,7 @@ class StoreWriter:
         if saved is None:
             self.files["documents.bin"].write(np.zeros(1, np.int64).tobytes())
         self._committed = time.monotonic()
+        self._hasher = Hasher()
 
     def add(self, part: Part) -> None:
         """Appends a part, and makes a state to go on from where it is time."""
@@ -277,6 +279,7 @@ class StoreWriter:
         self.files["tokens.bin"].write(part.tokens.data.cast("B") if len(part.tokens) else b"")
         self.files["documents.bin"].write(ends.tobytes())
         self.files["sources.bin"].write(sources.tobytes())
+        self.files["hashes.bin"].write(self._hasher.add(part.tokens, part.lengths).tobytes())
         for record in part.skipped:
             line = {"kind": record.kind, "file": str(record.source), "record": record.record, "why": record.why}
             self.files["skipped.jsonl"].write((json.dumps(line) + "\n").encode())

@@ -5,6 +5,7 @@
     tokens.bin       every document's tokens, one after another, uint16 or uint32, no markers between them
     documents.bin    [documents + 1] int64: document i is tokens[documents[i] : documents[i + 1]]
     sources.bin      [documents] uint16: the source of document i, a place in the manifest's source_names
+    hashes.bin       [documents] uint64: hash of the tokens of document i, the same for the same tokens
     skipped.jsonl    the records that gave no document: kind, file, record, why
     manifest.json    tokenizer, vocabulary, counts, names of the sources, length and checksums of every file
 
@@ -21,8 +22,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_longrope.datamodules.hashing import Hasher
 from lightning_longrope.datamodules.readers import Document
-from lightning_longrope.datamodules.store_writing import FILES, FORMAT, Tally, manifest_checksum, parts, write_store
+from lightning_longrope.datamodules.store_writing import (
+    FILES,
+    FORMAT,
+    Tally,
+    manifest_checksum,
+    parts,
+    write_store,
+)
 from lightning_longrope.packing import Documents
 from lightning_longrope.tokenizing import Encoder, tokenizer_fingerprint
 
@@ -38,20 +47,21 @@ class TokenStore:
         tokens: All tokens, [N] uint16 or uint32; a memory map if the store is a folder.
         offsets: Where each document begins, and the end, [documents + 1] int64.
         sources: Where each document is from, as a place in ``source_names``, [documents] uint16.
+        hashes: Hash of the tokens of each document, [documents] uint64.
         manifest: What ``manifest.json`` holds; in memory without the files and their checksums.
     """
 
     tokens: NDArray[Any]
     offsets: NDArray[np.int64]
     sources: NDArray[np.uint16]
+    hashes: NDArray[np.uint64]
     manifest: dict[str, Any]
 
     @property
     def documents(self) -> Documents:
         """The documents that hold any token."""
-        return Documents(
-            self.tokens, self.offsets[:-1], np.diff(self.offsets), self.sources, self.source_names
-        ).at_least(1)
+        index = (self.offsets[:-1], np.diff(self.offsets), self.sources, self.source_names, self.hashes)
+        return Documents(self.tokens, *index).at_least(1)
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -61,12 +71,14 @@ class TokenStore:
     @classmethod
     def in_memory(cls, documents: Iterable[Document | str], tokenizer: Any) -> Self:
         """Tokenises ``documents`` without writing anything."""
-        encoder, tally = Encoder(tokenizer), Tally()
-        rows = [(np.empty(0, encoder.dtype), np.zeros(1, np.int64), np.empty(0, np.uint16))]
-        rows += [(part.tokens, *tally.add(part)) for part in parts(documents, encoder)]
+        encoder, tally, hasher = Encoder(tokenizer), Tally(), Hasher()
+        rows = [(np.empty(0, encoder.dtype), np.zeros(1, np.int64), np.empty(0, np.uint16), np.empty(0, np.uint64))]
+        rows += [
+            (part.tokens, *tally.add(part), hasher.add(part.tokens, part.lengths)) for part in parts(documents, encoder)
+        ]
         tally.skipped.log()
-        tokens, offsets, sources = map(np.concatenate, zip(*rows, strict=True))
-        return cls(tokens, offsets, sources, tally.manifest(encoder, tokenizer))
+        tokens, offsets, sources, hashes = map(np.concatenate, zip(*rows, strict=True))
+        return cls(tokens, offsets, sources, hashes, tally.manifest(encoder, tokenizer))
 
     @classmethod
     def write(
@@ -109,11 +121,9 @@ class TokenStore:
             raise ValueError(problem)
         path, dtype = folder / "tokens.bin", np.dtype(manifest["dtype"])
         tokens = np.memmap(path, dtype, "r") if manifest["tokens"] else np.empty(0, dtype)
-        offsets, sources = (
-            np.fromfile(folder / "documents.bin", np.int64),
-            np.fromfile(folder / "sources.bin", np.uint16),
-        )
-        return cls(tokens, offsets, sources, manifest)
+        offsets = np.fromfile(folder / "documents.bin", np.int64)
+        sources = np.fromfile(folder / "sources.bin", np.uint16)
+        return cls(tokens, offsets, sources, np.fromfile(folder / "hashes.bin", np.uint64), manifest)
 
 
 def find_damage(folder: Path, tokenizer: Any = None) -> list[str]:

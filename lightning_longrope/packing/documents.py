@@ -17,6 +17,7 @@ class Documents:
         lengths: Number of tokens of every document, [documents] int64, each at least 1.
         sources: Number of the source each document is from, [documents] uint16; None where nobody asks.
         source_names: Names of the sources by their numbers.
+        hashes: Hash of the tokens of each document, [documents] uint64; None where nobody asks.
     """
 
     tokens: NDArray[Any]
@@ -24,6 +25,7 @@ class Documents:
     lengths: NDArray[np.int64]
     sources: NDArray[np.uint16] | None = None
     source_names: tuple[str, ...] = ()
+    hashes: NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -36,7 +38,8 @@ class Documents:
     def select(self, numbers: NDArray[np.int64]) -> "Documents":
         """The documents with these numbers, in this order; shares the tokens."""
         sources = None if self.sources is None else self.sources[numbers]
-        return Documents(self.tokens, self.starts[numbers], self.lengths[numbers], sources, self.source_names)
+        hashes = None if self.hashes is None else self.hashes[numbers]
+        return Documents(self.tokens, self.starts[numbers], self.lengths[numbers], sources, self.source_names, hashes)
 
     def at_least(self, length: int) -> "Documents":
         """The documents of at least ``length`` tokens; itself, not a copy of its index, if that is all of them."""

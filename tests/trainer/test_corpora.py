@@ -44,8 +44,8 @@ def write(path, records, meta=None):
     path.write_bytes(gzip.compress(lines) if path.name.endswith(".gz") else lines)
 
 
-def texts(word, lengths):
-    return [f"Document {number}:" + f" {word}" * length for number, length in enumerate(lengths)]
+def texts(word, lengths, first=0):
+    return [f"Document {number}:" + f" {word}" * length for number, length in enumerate(lengths, first)]
 
 
 def options(tmp_path, tokenizer, **more):
@@ -81,14 +81,14 @@ def word_shares(datamodule, epochs=1):
 
 @pytest.fixture
 def pile(tmp_path):
-    def records(name, word, lengths):
-        return [{"text": text, "meta": {"pile_set_name": name}} for text in texts(word, lengths)]
+    def records(name, word, lengths, first=0):
+        return [{"text": text, "meta": {"pile_set_name": name}} for text in texts(word, lengths, first)]
 
     files = {
         "train/00.jsonl.zst": [*records("ArXiv", "green", [300] * 20), *records("Github", "queen", [5] * 80)],
-        "train/01.jsonl.zst": [*records("Pile-CC", "garden", [20] * 50), *records("ArXiv", "green", [100] * 10)],
-        "val.jsonl.zst": records("ArXiv", "green", [90] * 5),
-        "test.jsonl.zst": [*records("Github", "queen", [8] * 20), *records("Pile-CC", "garden", [20] * 5)],
+        "train/01.jsonl.zst": [*records("Pile-CC", "garden", [20] * 50), *records("ArXiv", "green", [100] * 10, 20)],
+        "val.jsonl.zst": records("ArXiv", "green", [90] * 5, 30),
+        "test.jsonl.zst": [*records("Github", "queen", [8] * 20, 80), *records("Pile-CC", "garden", [20] * 5, 50)],
     }
     for name, lines in files.items():
         write(tmp_path / "pile" / name, lines)
@@ -221,7 +221,10 @@ def test_red_pajama_v2_reads_documents_and_leaves_signals_alone(tmp_path, tokeni
     root = tmp_path / "v2"
     for name, word in (("en_head", "green"), ("en_middle", "yellow"), ("de_head", "garden")):
         for shard in ("0000", "0001"):
-            records = [{"url": "x", "raw_content": text, "language": name[:2]} for text in texts(word, [60] * 6)]
+            records = [
+                {"url": "x", "raw_content": text, "language": name[:2]}
+                for text in texts(word, [60] * 6, 6 * int(shard))
+            ]
             write(root / "documents" / "2023-06" / shard / f"{name}.json.gz", records)
             signals = [{"id": "x", "quality_signals": {}}] * 6
             write(root / "quality_signals" / "2023-06" / shard / f"{name}.signals.json.gz", signals)
@@ -249,6 +252,28 @@ def test_pg19_is_a_folder_of_books_per_split(tmp_path, tokenizer):
     assert sources(data, "test") == {"test": 3}
     assert data.excerpts("test", 3, 128).shape == (3, 128)
     fit(data)
+
+
+def test_a_document_is_never_in_two_splits_not_even_as_a_copy(tmp_path, tokenizer, caplog):
+    train, val, test = (texts(word, range(20, 30)) for word in ("green", "yellow", "queen"))
+    files = {"train_files": [*train, val[3], test[4], test[4]], "val_files": [*val, test[5]], "test_files": test}
+    for name, found in files.items():
+        write(tmp_path / f"{name}.jsonl", [{"text": text} for text in found])
+    given = {name: [str(tmp_path / f"{name}.jsonl")] for name in files}
+    data = PackedTextDataModule(**options(tmp_path, tokenizer, **given))
+    assert [len(data.documents(split)) for split in ("train", "validation", "test")] == [10, 10, 10]
+    assert "train: 3 of 13 documents are in another split too" in caplog.text
+    assert "validation: 1 of 11 documents are in another split too" in caplog.text
+    write(tmp_path / "copy.jsonl", [{"text": text} for text in test])
+    copied = PackedTextDataModule(**options(tmp_path, tokenizer, **{**given, "val_files": [f"{tmp_path}/copy.jsonl"]}))
+    with pytest.raises(ValueError, match="All documents of the validation split are in another split too"):
+        copied.setup()
+    write(tmp_path / "all.jsonl", [{"text": text} for text in train * 4])
+    shared = PackedTextDataModule(**options(tmp_path, tokenizer, files=[str(tmp_path / "all.jsonl")], val_share=0.1))
+    held, kept = (set(shared.documents(split).hashes.tolist()) for split in ("validation", "train"))
+    assert held
+    assert kept
+    assert not held & kept
 
 
 def test_sources_of_ones_own_files_are_told_by_folder_file_or_field(tmp_path, tokenizer):

@@ -346,8 +346,8 @@ class EveryEpoch(ModelCheckpoint):
     ],
 )
 def test_a_resumed_run_sees_the_very_next_row(tmp_path, tokenizer, workers, options):
-    documents = stories(9, length=3)
-    files = {f"{name}_files": [write_jsonl(tmp_path / f"{name}.jsonl", documents)] for name in ("train", "val")}
+    texts = {"train": stories(9, length=3), "val": stories(9, "blue", length=3)}
+    files = {f"{name}_files": [write_jsonl(tmp_path / f"{name}.jsonl", found)] for name, found in texts.items()}
     checkpoints = [
         ModelCheckpoint(tmp_path / "steps", "{step}", every_n_train_steps=1, save_top_k=-1),
         EveryEpoch(tmp_path / "epochs", "{step}", save_top_k=-1, save_on_train_epoch_end=True),

@@ -1,5 +1,6 @@
 """Token stores on disk: what is written is what the tokenizer says, whole or not at all, and never another's."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -148,3 +149,18 @@ def test_a_store_of_another_version_is_refused(tmp_path, tokenizer):
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
     with pytest.raises(ValueError, match="store is of another version"):
         TokenStore.open(tmp_path / "store", tokenizer)
+
+
+def test_the_hash_of_a_document_depends_on_its_tokens_alone(tmp_path, tokenizer, monkeypatch):
+    texts = ["the green lamp " * 40, "x", "the green lamp " * 40, "", "some grass " * 200, "x"]
+    whole = TokenStore.in_memory(texts, tokenizer)
+    monkeypatch.setattr("lightning_longrope.tokenizing.PIECE", 60)
+    monkeypatch.setattr("lightning_longrope.datamodules.store_writing.PIECE", 8)
+    cut = TokenStore.write(tmp_path / "store", texts, tokenizer)
+    pairs = zip(whole.offsets, whole.offsets[1:], strict=False)
+    expected = [
+        int.from_bytes(hashlib.blake2b(whole.tokens[start:end].tobytes(), digest_size=8).digest(), "little")
+        for start, end in pairs
+    ]
+    assert whole.hashes.tolist() == cut.hashes.tolist() == expected
+    assert (len(expected), len(set(expected))) == (6, 4)
