@@ -82,6 +82,7 @@ class Encoder:
         self.dtype = np.dtype(np.uint16 if self.vocabulary <= 1 << 16 else np.uint32)
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         self._python: Any = tokenizer
+        self._whole: bool = getattr(tokenizer, "whole_texts", False)  # one that cannot read a piece of a text
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self._rust = None if backend is None else _bare(backend.to_str())
         self._rust_on = None if backend is None else _bare(_without_prefix(backend.to_str()))
@@ -105,7 +106,7 @@ class Encoder:
     def pieces(self, text: str) -> Iterator[Piece]:
         """The text whole, or cut into pieces of about ``PIECE`` characters and at most twice that."""
         start = 0
-        while len(text) - start > PIECE:
+        while not self._whole and len(text) - start > PIECE:
             end = self._seam(text, start + PIECE // 2, start + PIECE) or self._seam(
                 text, start + PIECE, min(len(text), start + 2 * PIECE)
             )

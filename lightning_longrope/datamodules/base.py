@@ -131,6 +131,11 @@ class TokenDataModule(LightningDataModule):
             self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
+    @property
+    def store_tokenizer(self) -> Any:
+        """What makes the tokens that are stored: the tokenizer, where documents are plain text."""
+        return self.tokenizer
+
     @override
     def prepare_data(self) -> None:
         if self.cache_dir is not None:
@@ -156,7 +161,7 @@ class TokenDataModule(LightningDataModule):
             folders[corpus.name] = folder = self._folder(corpus, self.cache_dir)
             if not folder.is_dir():
                 log.info("Tokenising %s to %s", corpus.name, folder)
-                write_store(folder, corpus.documents(), self.tokenizer, workers, corpus.fingerprint)
+                write_store(folder, corpus.documents(), self.store_tokenizer, workers, corpus.fingerprint)
         return folders
 
     @override
@@ -305,13 +310,14 @@ class TokenDataModule(LightningDataModule):
 
     def _store(self, corpus: Corpus) -> TokenStore:
         if self.cache_dir is None:
-            return TokenStore.in_memory(corpus.documents(), self.tokenizer)
+            return TokenStore.in_memory(corpus.documents(), self.store_tokenizer)
         if (folder := self._folder(corpus, self.cache_dir)).is_dir():
-            return TokenStore.open(folder, self.tokenizer)
-        return TokenStore.write(folder, corpus.documents(), self.tokenizer, fingerprint=corpus.fingerprint)
+            return TokenStore.open(folder, self.store_tokenizer)
+        return TokenStore.write(folder, corpus.documents(), self.store_tokenizer, fingerprint=corpus.fingerprint)
 
     def _folder(self, corpus: Corpus, cache_dir: Path) -> Path:
-        return cache_dir / f"{corpus.name}-{digest(FORMAT, corpus.fingerprint, tokenizer_fingerprint(self.tokenizer))}"
+        made_by = tokenizer_fingerprint(self.store_tokenizer)
+        return cache_dir / f"{corpus.name}-{digest(FORMAT, corpus.fingerprint, made_by)}"
 
 
 def digest(*parts: Any) -> str:

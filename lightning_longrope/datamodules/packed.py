@@ -9,7 +9,7 @@ import numpy as np
 from typing_extensions import override
 
 from lightning_longrope.datamodules.base import SPLITS, Corpus, TokenDataModule, digest
-from lightning_longrope.datamodules.readers import Document, OnError, SourceOf, expand, read_documents
+from lightning_longrope.datamodules.readers import Document, OnError, SourceOf, TextOf, expand, read_documents
 from lightning_longrope.datamodules.token_store import TokenStore
 from lightning_longrope.mixing import Mixture
 from lightning_longrope.packing import Documents, Policy, epoch_permutation
@@ -123,6 +123,10 @@ class PackedTextDataModule(TokenDataModule):
         """Where the name of a record's source is: a dotted path or a function of the record and its file."""
         return {"@folder": _folder, "@file": _file}.get(self.source_field or "", self.source_field)
 
+    def text_of(self) -> str | TextOf:
+        """Where the text of a record is: a field, or a function of the record."""
+        return self.text_field
+
     def pick(self, files: list[Path]) -> list[Path]:
         """Those of the files that hold documents of the chosen subsets; all, where only the records can tell."""
         return files
@@ -179,13 +183,13 @@ class PackedTextDataModule(TokenDataModule):
         return digest(origin, self.text_field, self.on_error, repr(self.source_of()), self.subsets)
 
     def _read(self, files: list[Path]) -> Iterable[Document]:
-        return read_documents(files, self.text_field, self.on_error, self.source_of(), self.subsets)
+        return read_documents(files, self.text_of(), self.on_error, self.source_of(), self.subsets)
 
     def _read_hub(self, data_set: str, split: str) -> Iterable[Document]:
         from lightning_longrope.datamodules.readers import read_hub
 
         name, _, config = data_set.partition(":")
-        how = (self.streaming, self.text_field, self.source_of(), self.on_error, self.subsets)
+        how = (self.streaming, self.text_of(), self.source_of(), self.on_error, self.subsets)
         return read_hub(name, config or None, split, *how)
 
     def _check_mixing(self) -> None:

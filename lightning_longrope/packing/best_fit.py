@@ -82,11 +82,15 @@ class BestFitRows(Rows[Bins]):
         counts -= (counts > 1) & (bodies % self._room == 1) & (len(self._foot) == 1)  # an EOS alone
         pieces = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         sizes = np.minimum(self._room, np.repeat(bodies, counts) - pieces * self._room) + len(self._head)
-        bins = best_fit_decreasing(sizes, self.seq_len)
+        bins = self._rows_of(sizes)
         fullest = np.argsort(-np.bincount(bins, sizes), kind="stable")  # rows, the fullest first
         by_row = np.argsort(np.argsort(fullest)[bins], kind="stable")
         ends = np.cumsum(np.bincount(bins)[fullest])
         return Bins(np.repeat(order, counts)[by_row], pieces[by_row].astype(np.uint32), ends, int(sizes.sum()))
+
+    def _rows_of(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row of each piece, [pieces] int64."""
+        return best_fit_decreasing(sizes, self.seq_len)
 
     @override
     def _cut(self, layout: Bins, number: int) -> Row:
