@@ -45,7 +45,7 @@ class Contestant:
 
     algorithm: Callable[[], SearchAlgorithm] = RampSearch
     objective: ObjectiveName | Objective = "mixed"
-    documents: int = 12
+    documents: int = 16
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,7 +57,7 @@ SEARCHES = {
     "perplexity": Contestant(objective="perplexity"),
     "unweighted": Contestant(objective=Objective(answer=1.0, end_weight=1.0)),
     "last half": Contestant(objective=Objective(text_from=0.5, end_weight=1.0)),
-    "five documents": Contestant(documents=5, options={"max_evaluations": 61}),
+    "five documents": Contestant(documents=5, options={"max_evaluations": 80}),
     "race": Contestant(options={"race": 3.0, "max_evaluations": 48}),
     "smooth": Contestant(SmoothSearch, options={"max_evaluations": 100}),
     "ramps, then genes": Contestant(partial(RampSearch, ramp_share=0.25), options={"max_evaluations": 96}),

@@ -63,9 +63,9 @@ class Objective:
     def __init__(
         self,
         text: float = 1.0,
-        answer: float = 0.1,
+        answer: float = 0.3,
         text_from: float = 0.0,
-        end_weight: float = 5.0,
+        end_weight: float = 3.0,
         needle_depths: tuple[float, float] = (0.0, 0.5),
     ) -> None:
         if not (min(text, answer) >= 0 and 0 < text + answer < math.inf):

@@ -64,7 +64,7 @@ class FactorSearch(Callback):
     def __init__(
         self,
         target_length: int | None = None,
-        documents: int = 12,
+        documents: int = 16,
         held_out: int = 8,
         algorithm: SearchAlgorithm | None = None,
         objective: Objective | ObjectiveName = "mixed",
