@@ -10,10 +10,10 @@ a cut. Passes are run in rounds, one pass a rank, and every rank learns the resu
 Out of memory, a pass is halved, on all ranks alike. Shapes: C candidates, D documents.
 """
 
-import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.objectives import OBJECTIVES, Objective, ObjectiveName, SearchDocument
+from lightning_longrope.out_of_memory import GoOnWithShapes, free_memory, gathers_weights, is_out_of_memory
 from lightning_longrope.score_book import EARLIER, OOM, OWN, UNKNOWN, ScoreBook, plain_number
-from lightning_longrope.scoring import Score, document_values, is_out_of_memory, row_sums, score_of
+from lightning_longrope.scoring import Score, document_values, row_sums, score_of
 
 Rows = list[tuple[int, int]]
 """Rows of one forward pass, as (candidate, document)."""
@@ -142,6 +143,7 @@ class Evaluator:
         self.history: list[dict[str, Any]] = []
         self.forwards = 0
         self.recalled = 0
+        self._gathers = self.workers.world_size > 1 and gathers_weights(model)
         self._most_rows: int | None = None  # of a pass, once memory did not suffice for more
 
     def scores(
@@ -200,14 +202,15 @@ class Evaluator:
 
     def _attempt(self, rows: Rows, tables: Sequence[RescaleFactors]) -> Tensor | None:
         """Sums of a pass, [B, 4]; None where there is not enough memory for it."""
+        shapes = GoOnWithShapes() if self._gathers else nullcontext()
         try:
-            return row_sums(self.model, [tables[c] for c, _ in rows], [self.documents[d] for _, d in rows])
+            with shapes:
+                sums = row_sums(self.model, [tables[c] for c, _ in rows], [self.documents[d] for _, d in rows])
+            return None if getattr(shapes, "failed", False) else sums
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        gc.collect()  # outside of the handler: the traceback holds the tensors of the pass
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         return None
 
 

@@ -93,9 +93,11 @@ class ScoreBook:
         for key in map(_key, tables):
             self._earlier.setdefault(key, {}).update(self._own.get(key, {}))
         self._pending = []
-        if self._rows_path is not None:
+        # A resumed search passes finished generations first, and needs the single pairs for the one that was cut.
+        journal, rows = self._journal, self._rows
+        if journal is not None and rows is not None and all(journal.has(row) for row in rows.records):
+            rows.path.unlink()
             self._rows = None
-            self._rows_path.unlink(missing_ok=True)
 
     def _read_own(self, journal: Journal) -> None:
         for record in journal.records:

@@ -179,11 +179,3 @@ def row_sums(model: Any, factors: Sequence[RescaleFactors], documents: Sequence[
     sums = [torch.where(weight > 0, weight * nll, 0.0).sum(1) for weight in (text, answers)]
     counts = [weight.sum(1) for weight in (text, answers)]
     return torch.stack([sums[0], counts[0], sums[1], counts[1]], dim=1)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, on an accelerator or in the CPU's allocator."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    marks = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in marks)
