@@ -9,6 +9,7 @@ import torch
 
 from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.datamodules.sample_text import library_sources
+from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.model import find_tokenizer, installed_factors, load_model, load_tokenizer
 from lightning_longrope.recipes import Stage
 
@@ -19,7 +20,7 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 def export_arguments(stage: Stage) -> dict[str, Any]:
     """What a stage file gives to ``export_checkpoint``, its keys checked."""
-    allowed = {"run", "out", "tokenizer", "drop_start_tokens"}
+    allowed = {"run", "out", "tokenizer", "drop_start_tokens", "short"}
     unknown = sorted(set(stage.config) - allowed)
     missing = sorted({"run", "out"} - set(stage.config))
     if unknown or missing:
@@ -33,11 +34,14 @@ def export(command: str, arguments: list[str]) -> None:
     parser.add_argument("run", help="output folder of a recipe or a stage, a .ckpt, or a model folder")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--tokenizer", help="name or folder of the tokenizer; the one of the run by default")
+    parser.add_argument("--short", help="file of factors for texts within the pretrained window")
     parser.add_argument("--drop-start-tokens", action="store_true", help="export although that changes the model")
     sys.stdout.write(f"{export_checkpoint(**vars(parser.parse_args(arguments)))}\n")
 
 
-def export_checkpoint(run: str, out: str, tokenizer: str | None = None, drop_start_tokens: bool = False) -> Path:
+def export_checkpoint(
+    run: str, out: str, tokenizer: str | None = None, drop_start_tokens: bool = False, short: str | None = None
+) -> Path:
     """Writes a Hugging Face folder from a run, a stage, a checkpoint or a model folder.
 
     Args:
@@ -45,6 +49,7 @@ def export_checkpoint(run: str, out: str, tokenizer: str | None = None, drop_sta
         out: Folder to write.
         tokenizer: Name or folder of the tokenizer; by default the one of the run.
         drop_start_tokens: Export although Hugging Face cannot leave the start tokens as they were pretrained.
+        short: File of factors for texts within the pretrained window, as ``FactorSearch(recovery=True)`` writes it.
 
     Returns:
         The folder.
@@ -56,7 +61,9 @@ def export_checkpoint(run: str, out: str, tokenizer: str | None = None, drop_sta
     if found is None:
         log.info("No tokenizer found near %s: exporting the model alone (--tokenizer adds one).", checkpoint)
     model, tokens = load_model(str(checkpoint)), load_tokenizer(found) if found else None
-    return export_model(model, tokens, out, drop_start_tokens=drop_start_tokens, example=_example(model, tokens))
+    table = RescaleFactors.load(short) if short else None
+    options: dict[str, Any] = {"drop_start_tokens": drop_start_tokens, "example": _example(model, tokens)}
+    return export_model(model, tokens, out, short=table, **options)
 
 
 def _example(model: Any, tokenizer: Any) -> torch.Tensor | None:

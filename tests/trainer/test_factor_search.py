@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning_longrope import LongRoPEModule, RescaleFactors
 from lightning_longrope.callbacks import FactorSearch
 from lightning_longrope.cli import LongRoPETrainer
-from lightning_longrope.model import installed_factors
+from lightning_longrope.model import install_factors, installed_factors
 from lightning_longrope.search import RampSearch
 
 
@@ -97,6 +97,18 @@ def test_the_search_command_needs_no_optimizer_and_validates_with_what_it_found(
     run.search(model, Rows())
     assert installed_factors(model.model) == RescaleFactors.load(tmp_path / "search" / "factors.json")
     assert run.callback_metrics["val_perplexity"] > 1
+
+
+def test_a_recovery_leaves_the_factors_and_writes_a_short_table(tmp_path):
+    model = module()
+    model.configure_model()
+    long = RescaleFactors.yarn(rotary_size=16, base=10_000.0, original_length=32, target_length=64)
+    install_factors(model.model, long)
+    trainer(tmp_path, search(recovery=True)).fit(model, datamodule=Rows())
+    assert installed_factors(model.model) == long
+    short = RescaleFactors.load(tmp_path / "search_short" / "factors.json")
+    assert (short.target_length, short.attention_factor) == (32, long.attention_factor)
+    assert not (tmp_path / "search").exists()
 
 
 def test_validation_alone_does_not_search(tmp_path):
