@@ -58,8 +58,8 @@ def document_digests(documents: Iterable[SearchDocument]) -> list[str]:
 
 def _document_digest(document: SearchDocument) -> str:
     digest = hashlib.sha256(f"{len(document.tokens)} {document.answer} ".encode())
-    for part in (document.tokens, document.counted):
-        digest.update(part.to(torch.int64).cpu().numpy().tobytes())
+    for part in (document.tokens.to(torch.int64), document.counted.double()):
+        digest.update(part.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
