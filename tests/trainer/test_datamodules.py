@@ -67,8 +67,7 @@ class Reader(LightningModule):
 
 def fit(datamodule, callbacks=(), ckpt_path=None, **options):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    if not callbacks:
-        quiet["enable_checkpointing"] = False
+    quiet["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     reader = Reader()
     trainer = Trainer(**quiet, **{"max_epochs": 1, **options}, callbacks=list(callbacks))
     trainer.fit(reader, datamodule=datamodule, ckpt_path=ckpt_path)
