@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from lightning_longrope.packing.documents import Documents
-from lightning_longrope.packing.rows import IGNORED, Row, Rows, bookended_labels
+from lightning_longrope.packing.rows import IGNORED, Row, Rows, bookended_labels, joined
 
 BLOCK = 64  # documents between two places of the stream that are remembered
 
@@ -96,7 +96,7 @@ class ConcatRows(Rows[Stream]):
         documents, begins = self._between(layout, first, last)
         met = slice(np.searchsorted(begins, first, "right") - 1, np.searchsorted(begins, last))
         pieces = [p for unit in zip(documents[met], begins[met], strict=True) for p in self._pieces(*unit, first, last)]
-        tokens = np.concatenate([self._head, *pieces, self._foot])
+        tokens = joined([self._head, *pieces, self._foot], self.seq_len)
         opened = begins - len(self._head) - first  # a document begins with its BOS
         starts = np.concatenate([[0], opened[(opened > 0) & (opened < self._room)] + len(self._head)])
         labels = bookended_labels(tokens, self.bos, self.eos)
@@ -112,9 +112,9 @@ class ConcatRows(Rows[Stream]):
         sizes = self.documents.lengths[documents] + len(self._separator)
         return documents, layout.begins[low] + np.cumsum(sizes) - sizes
 
-    def _pieces(self, document: int, begin: int, first: int, last: int) -> list[NDArray[np.int64]]:
+    def _pieces(self, document: int, begin: int, first: int, last: int) -> list[NDArray[Any]]:
         """What places ``first`` to ``last`` of the stream hold of a document and of the separator after it."""
         start, length = int(self.documents.starts[document]), int(self.documents.lengths[document])
         low, high = max(0, first - int(begin)), last - int(begin)
-        text = self.documents.tokens[start + min(low, length) : start + min(high, length)].astype(np.int64)
+        text = self.documents.tokens[start + min(low, length) : start + min(high, length)]
         return [text, self._separator[max(0, low - length) : max(0, high - length)]]

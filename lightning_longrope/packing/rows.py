@@ -6,7 +6,7 @@ asked for.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -49,6 +49,16 @@ class Row:
     def bounds(self) -> NDArray[np.int64]:
         """Bounds of the stretches that must not see each other, padding among them, [k + 1 or 2] int64."""
         return np.unique([*self.starts, len(self.tokens) - self.padding, len(self.tokens)])
+
+
+def joined(pieces: Iterable[NDArray[Any]], size: int) -> NDArray[np.int64]:
+    """Pieces of unsigned tokens one after another, [size] int64; each is read and widened once."""
+    row, end = np.empty(size, np.int64), 0
+    for piece in pieces:
+        row[end : end + len(piece)] = piece
+        end += len(piece)
+    assert end == size, f"the pieces of a row hold {end} of {size} tokens"
+    return row
 
 
 def bookended_labels(tokens: NDArray[np.int64], bos: int | None, eos: int | None) -> NDArray[np.int64]:
