@@ -62,16 +62,17 @@ def passes(folder):
     return [path.stat().st_size for path in sorted(folder.glob("passes*"))]
 
 
-def kill_until_done(folder, world_size, victim, most_kills, longest):
-    """Starts the search over and over; kills ``victim`` after a random while, the last run is left alone."""
+def kill_until_done(folder, world_size, victim, most_kills, most_passes):
+    """Starts the search over and over; kills ``victim`` within a random pass, the last run is left alone."""
     moments, kills = random.Random(5), 0
     while True:
         ranks = start_ranks(world_size, watched_search, folder, logs=folder / "logs")
         before = sum(passes(folder))
-        while kills < most_kills and ranks[victim].is_alive() and sum(passes(folder)) == before:
-            time.sleep(0.001)  # until it is at work
+        enough = before + moments.randint(1, most_passes)
+        while kills < most_kills and ranks[victim].is_alive() and sum(passes(folder)) < enough:
+            time.sleep(0.001)
         if kills < most_kills:
-            time.sleep(moments.uniform(0, longest))
+            time.sleep(moments.uniform(0, 0.008))
         if kills < most_kills and ranks[victim].is_alive():
             os.kill(ranks[victim].pid, signal.SIGKILL)
             kills += 1
@@ -89,7 +90,7 @@ def kill_until_done(folder, world_size, victim, most_kills, longest):
 
 @pytest.mark.parametrize(("world_size", "victim", "kills"), [(1, 0, 12), (2, 1, 5), (2, 0, 3)])
 def test_a_killed_search_ends_as_if_it_had_not_been(tmp_path, uncut, world_size, victim, kills):
-    killed = kill_until_done(tmp_path, world_size, victim, kills, longest=0.25)
+    killed = kill_until_done(tmp_path, world_size, victim, kills, most_passes=uncut[1] // (kills + 2))
     assert killed == kills
     for rank in range(world_size):
         assert (tmp_path / f"outcome{rank}").read_text() == uncut[0]
