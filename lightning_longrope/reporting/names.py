@@ -141,6 +141,11 @@ def percent_text(change: float, digits: int = 1) -> str:
     return f"{100 * change:+.{digits}f}".replace("-", "\u2212")
 
 
+def points_word(change: float) -> str:
+    """The unit of a change of an accuracy: 0.01 -> "point", 0.02 -> "points"."""
+    return "point" if f"{abs(100 * change):.0f}" == "1" else "points"
+
+
 def signed(value: float, digits: int = 4) -> str:
     """A number with its sign: -0.025 -> "−0.0250"."""
     return f"{value:+.{digits}f}".replace("-", "\u2212")

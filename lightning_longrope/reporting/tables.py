@@ -11,6 +11,7 @@ from lightning_longrope.reporting.names import (
     method_name,
     metric_name,
     percent_text,
+    points_word,
     run_slot,
     split_ratio,
     value_text,
@@ -109,7 +110,7 @@ def change_cell(claim: Comparison) -> Cell:
     """A comparison as a change: in per cent, of accuracies in points."""
     if math.isnan(claim.change):
         return Cell("no finite loss", outcome=claim.outcome)
-    unit, digits = ("points", 0) if claim.ours.metric in ACCURACIES else ("%", 1)
+    unit, digits = (points_word(claim.change), 0) if claim.ours.metric in ACCURACIES else ("%", 1)
     known = claim.low is not None and claim.high is not None
     ends = (percent_text(claim.low or 0, digits), percent_text(claim.high or 0, digits)) if known else None
     title = "document by document" if claim.paired else "as if on different documents"

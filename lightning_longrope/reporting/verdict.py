@@ -18,6 +18,7 @@ from lightning_longrope.reporting.names import (
     method_order,
     metric_name,
     percent_text,
+    points_word,
     value_text,
 )
 from lightning_longrope.reporting.results import Result, Results
@@ -149,7 +150,7 @@ def clause(comparison: Comparison, name: str) -> str:
         return f"which is no finite loss; it was held against {theirs}"
     percent = 100 * comparison.change
     if comparison.ours.metric in ACCURACIES:
-        size, unit = f"{abs(percent):.0f}\u00a0points", "points"
+        size, unit = f"{abs(percent):.0f}\u00a0{points_word(comparison.change)}", "points"
         words = f"as many as {theirs}" if abs(percent) < 0.5 else f"{size} {_more(percent)} than {theirs}"
     else:
         size, unit = f"{abs(percent):.1f}\u00a0%", "%"
@@ -286,7 +287,7 @@ def _headline(extension: Extension, made: dict[str, Comparison]) -> str:
 def _tile(claim: Comparison, against: str) -> Tile:
     ours, theirs = claim.ours, claim.theirs
     label = f"{SHORT_NAMES[ours.metric]} at {length_text(ours.length)}, {method_name(ours.method)}"
-    unit, digits = ("points", 0) if ours.metric in ACCURACIES else ("%", 1)
+    unit, digits = (points_word(claim.change), 0) if ours.metric in ACCURACIES else ("%", 1)
     percent = f"{percent_text(claim.change, digits)}\u00a0{unit}"
     change = "no finite loss" if math.isnan(claim.change) else percent
     note = f"{change} against {against} ({value_text(theirs.metric, theirs.value)})"
