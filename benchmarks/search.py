@@ -243,6 +243,7 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
             axes.plot(forwards, ratio, color=colour, marker="o", markersize=3, linewidth=1.2, alpha=0.8, label=label)
     axes.axhline(1, color="#444", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
+    axes.set_ylim(0.88, 1.06)  # a first population begins far above
     axes.set_xlabel("document-forwards")
     axes.set_ylabel("held-out perplexity over YaRN's")
     axes.spines[["top", "right"]].set_visible(False)
