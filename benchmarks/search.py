@@ -254,26 +254,28 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
     """Every run in one line, relative to YaRN on the same base."""
-    lines = [f"{'base':<12}{'search':<20}{'forwards':>9}{'perplexity':>12}{'last eighth':>13}{'passkey':>9}"]
+    lines = [f"{'base':<17}{'search':<20}{'forwards':>9}{'perplexity':>12}{'last eighth':>13}{'passkey':>9}"]
     for base, run in runs.items():
         for name, found in run.items():
             ratios = (found[key] / run["yarn"][key] for key in ("perplexity", "end"))
             cells = "".join(f"{ratio:>{width}.3f}" for ratio, width in zip(ratios, (12, 13), strict=True))
-            lines.append(f"{base:<12}{name:<20}{found.get('forwards', 0):>9}{cells}{found['passkey']:>9.2f}")
+            lines.append(f"{base:<17}{name:<20}{found.get('forwards', 0):>9}{cells}{found['passkey']:>9.2f}")
     return "\n".join(lines)
 
 
 def main() -> int:
     """Measures, writes ``results/search.json`` and the plot; 1 if a goal is missed under ``--check``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one base trained for a tenth of the steps, a short peer")
+    parser.add_argument(
+        "--quick", action="store_true", help="one base trained for a tenth of the steps, a short peer; only prints"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
     parser.add_argument("--bases", nargs="+", default=None, help="kind-seed, such as headers-1")
     parser.add_argument("--searches", nargs="+", default=list(MAIN), choices=list(SEARCHES))
     parser.add_argument("--cache", type=Path, default=CACHE)
     given = parser.parse_args()
     if given.quick:
-        SEARCHES["paper"] = Contestant(partial(EvolutionSearch, 32, 5, 16, 8, 8), "perplexity", 5, PAPER)
+        SEARCHES["paper"] = Contestant(partial(EvolutionSearch, 32, 10, 16, 8, 8), "perplexity", 5, PAPER)
         given.searches = ["default", "paper"]
     for name in given.bases or (["sources-0"] if given.quick else BASES):
         kind, seed = name.split("-")
@@ -285,7 +287,6 @@ def main() -> int:
             sys.stderr.write(f"{name} {search}: {found['forwards']} forwards, perplexity {found['perplexity']:.3f}\n")
     runs = collect(given.cache / "search", given.quick)
     rows = rows_of(runs, given.quick)
-    name = "search-quick" if given.quick else "search"
     record = {
         "command": shlex.join(["python", "benchmarks/search.py", *sys.argv[1:]]),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
@@ -293,9 +294,9 @@ def main() -> int:
         "rows": rows,
         "runs": runs,
     }
-    RESULTS.mkdir(exist_ok=True)
-    write_json(RESULTS / f"{name}.json", record)
     if not given.quick:
+        RESULTS.mkdir(exist_ok=True)
+        write_json(RESULTS / "search.json", record)
         plot(runs, RESULTS / "search.png")
     sys.stdout.write(table(runs) + "\n")
     for row in rows:
