@@ -267,7 +267,7 @@ def main() -> int:
     """Measures, writes ``results/search.json`` and the plot; 1 if a goal is missed under ``--check``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="one base trained for a tenth of the steps, a short peer; only prints"
+        "--quick", action="store_true", help="one base, a tenth of the training, a short peer; only prints"
     )
     parser.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
     parser.add_argument("--bases", nargs="+", default=None, help="kind-seed, such as headers-1")
