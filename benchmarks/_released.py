@@ -5,7 +5,6 @@ p between its two neighbours, until the table is new; a crossover copies genes i
 some sweeps, and a mutant of that parent takes its place. One seed, no start tokens, no pinned pairs.
 """
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,7 @@ class ReleasedSearch(EvolutionSearch):
     """Evolution with the released operators, started from YaRN's table alone."""
 
     def _generations(self) -> Generations:
-        yarn = self.space.seeds()[2]
-        yield self._new(self.population - 1, partial(self._sweep, yarn), [yarn])
-        for _ in range(self.iterations):
-            parents = self.ranked()[: self.parents]
-            offspring = self._new(self.mutants, partial(self._mutant, parents))
-            yield self._new(self.crossovers, partial(self._child, parents), offspring)
+        yield from self._evolve([self.space.seeds()[2]])
 
     @override
     def _mutant(self, parents: list[Candidate]) -> Candidate:

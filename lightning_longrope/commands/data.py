@@ -4,14 +4,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from lightning_longrope.cli import LongRoPECLI
-from lightning_longrope.commands.parsing import Parser
+from lightning_longrope.commands.parsing import Parser, alone
 from lightning_longrope.commands.train import staged_words
 from lightning_longrope.datamodules.base import SPLITS, TokenDataModule
 from lightning_longrope.datamodules.loader import RowDataset
@@ -74,13 +73,7 @@ def build_datamodule(cli: LongRoPECLI) -> TokenDataModule:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     datamodule = parser.instantiate_classes(parser.parse_object({"data": config.data.as_dict()})).data
-    if not isinstance(datamodule, TokenDataModule):
-        raise ValueError(f"`longrope data` shows subclasses of TokenDataModule, got {type(datamodule).__name__}.")
-    name = ((config.get("model") or {}).get("init_args") or {}).get("name_or_path")
-    datamodule.trainer = SimpleNamespace(  # type: ignore[assignment]  # for the tokenizer of the model
-        lightning_module=SimpleNamespace(name_or_path=name), distributed_sampler_kwargs=None
-    )
-    return datamodule
+    return alone(datamodule, "data", config.get("model"))
 
 
 def place_text(dataset: RowDataset, decode: Callable[[Any], str], epoch: int, place: int, width: int) -> str:

@@ -1,9 +1,12 @@
 """What the commands share: how their words are parsed."""
 
 import argparse
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 from typing_extensions import override
+
+from lightning_longrope.datamodules.base import TokenDataModule
 
 
 class Parser(argparse.ArgumentParser):
@@ -12,3 +15,19 @@ class Parser(argparse.ArgumentParser):
     @override
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def alone(datamodule: Any, command: str, model: dict[str, Any] | None) -> TokenDataModule:
+    """A datamodule that works without a trainer; the tokenizer it does not name is that of the configured model.
+
+    Raises:
+        ValueError: If it is none of this package's kind.
+    """
+    if not isinstance(datamodule, TokenDataModule):
+        raise ValueError(f"`longrope {command}` takes a TokenDataModule, got {type(datamodule).__name__}.")
+    arguments = model or {}
+    module = SimpleNamespace(name_or_path=(arguments.get("init_args") or arguments).get("name_or_path"))
+    datamodule.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=module, distributed_sampler_kwargs=None
+    )
+    return datamodule

@@ -3,14 +3,13 @@
 import logging
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule
 
 from lightning_longrope.cli import LongRoPEParser
-from lightning_longrope.commands.parsing import Parser
+from lightning_longrope.commands.parsing import Parser, alone
 from lightning_longrope.datamodules.base import TokenDataModule
 from lightning_longrope.datamodules.token_store import find_damage, read_manifest
 from lightning_longrope.model import load_tokenizer
@@ -86,13 +85,7 @@ def build_datamodule(config: Path | None, words: list[str], out: Path | None = N
     parser = LongRoPEParser()
     parser.add_subclass_arguments(LightningDataModule, "data")
     datamodule = parser.instantiate_classes(parser.parse_args([*given, *words])).data
-    if not isinstance(datamodule, TokenDataModule):
-        raise ValueError(f"`longrope tokenize` takes a TokenDataModule, got {type(datamodule).__name__}.")
-    model = content.get("model") or {}
-    name = model.get("init_args", model).get("name_or_path")
-    module = SimpleNamespace(name_or_path=name)  # whose tokenizer is taken where the data names none
-    datamodule.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
-    return datamodule
+    return alone(datamodule, "tokenize", content.get("model"))
 
 
 def _counts(manifest: dict[str, Any]) -> str:

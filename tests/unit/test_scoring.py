@@ -159,6 +159,19 @@ def test_text_before_the_share_does_not_count(model, candidates):
     assert score.value == pytest.approx(sum(hugging_face_nll(candidates[1], texts[0])[47:]) / 16, abs=5e-6)
 
 
+def test_text_before_the_share_does_not_count_around_a_needle_either():
+    tokenizer = byte_level()
+    texts = [torch.tensor(tokenizer(" ".join(f"word{number}" for number in range(400)))["input_ids"])[:600]]
+    whole, late = (
+        search_documents(texts, 500, Objective(text_from=share, end_weight=1.0), tokenizer)[0] for share in (0.0, 0.5)
+    )
+    assert late.answer == whole.answer > 0
+    assert not late.text[:250].any()
+    assert torch.equal(late.text[250:], whole.text[250:])
+    assert whole.text[:250].any()
+    assert late.text.any()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"text": 0, "answer": 0}, {"text": -1}, {"text_from": 1}, {"end_weight": 0}, {"needle_depths": (0.6, 0.5)}],
