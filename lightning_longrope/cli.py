@@ -30,6 +30,7 @@ from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.redaction import redact
 from lightning_longrope.reporting.results import Results, read_results
+from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy  # noqa: F401 - by name in configs
 from lightning_longrope.tracking import finish, keep_wandb_id, log_config, log_results
 
 log = logging.getLogger("lightning_longrope")

@@ -165,7 +165,8 @@ class LongRoPEModule(LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trainable parameters in two groups: the matrices of the layers, marked ``matrices``, and all others."""
         layers = decoder_layers(self.model)
-        inside = {id(p) for p in layers.parameters() if p.ndim == 2}
+        # ZeRO stage 3 leaves empty tensors that know the shape they came from
+        inside = {id(p) for p in layers.parameters() if len(getattr(p, "ds_shape", p.shape)) == 2}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         return [
             {"params": [p for p in trainable if id(p) in inside], "matrices": True},

@@ -11,6 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PARTITIONED = {
+    f"stage3_{name}": 0
+    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+}
+"""Entries of ``zero_optimization`` for weights of any size to be partitioned: by default small ones stay whole."""
+
 
 def free_port() -> int:
     with socket.socket() as probe:

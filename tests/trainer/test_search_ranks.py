@@ -10,7 +10,7 @@ import torch
 from helpers import LLAMA, random_loader, tiny_llama
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from processes import run_ranks
+from processes import PARTITIONED, run_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +19,7 @@ from lightning_longrope.callbacks import FactorSearch
 from lightning_longrope.evaluating import ProcessWorkers
 from lightning_longrope.search import RampSearch
 from lightning_longrope.searching import search_factors
+from lightning_longrope.strategies import LongContextDeepSpeedStrategy
 
 pytestmark = pytest.mark.distributed
 LENGTH = 64
@@ -101,9 +102,7 @@ def strategy(name):
         return DDPStrategy() if name == "ddp" else Group()
     if name == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    from deepspeed_on_cpu import DeepSpeedOnCPU
-
-    return DeepSpeedOnCPU(stage=int(name[-1]))
+    return LongContextDeepSpeedStrategy(stage=int(name[-1]), zero=PARTITIONED if name == "zero3" else None)
 
 
 def fit(folder, devices, strategy="auto"):

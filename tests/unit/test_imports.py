@@ -17,13 +17,13 @@ FLOORS = [  # each may import from its own floor and those before it
     | {"mixing", "summary", "windows", "redaction", "objectives", "tokenizing", "out_of_memory"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"reporting", "isolation"},
-    {"module", "datamodules", "callbacks", "harness", "tracking"},
+    {"module", "datamodules", "callbacks", "harness", "tracking", "strategies"},
     {"export", "recipes"},
     {"cli"},
     {"commands"},
     {"__main__"},
 ]
-LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "tracking", "cli", "commands"}
+LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "tracking", "strategies", "cli", "commands"}
 TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary", "objectives"} | {
     "summary"
 }
