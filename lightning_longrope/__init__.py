@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from lightning_longrope.model import install_factors, load_model
     from lightning_longrope.module import LongRoPEModule
     from lightning_longrope.searching import search_factors
+    from lightning_longrope.tables import LengthTables
 
 __version__ = "0.1.0"
 
 # Resolved on first use: importing the package must not cost the seconds that torch and Lightning take.
 _HOMES = {
+    "LengthTables": "lightning_longrope.tables",
     "LongRoPEModule": "lightning_longrope.module",
     "RescaleFactors": "lightning_longrope.factors",
     "export_model": "lightning_longrope.export",
@@ -23,6 +25,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "LengthTables",
     "LongRoPEModule",
     "RescaleFactors",
     "__version__",

@@ -24,13 +24,13 @@ from lightning_longrope.callbacks.factor_search import FactorSearch
 from lightning_longrope.callbacks.harness_tasks import HarnessTasks
 from lightning_longrope.callbacks.measurement import MeasuringCallback, TableAt
 from lightning_longrope.callbacks.retrieval import RetrievalCallback
-from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_text
 from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.redaction import redact
 from lightning_longrope.reporting.results import Results, read_results
 from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy  # noqa: F401 - by name in configs
+from lightning_longrope.tables import LengthTables
 from lightning_longrope.tracking import finish, keep_wandb_id, log_config, log_results
 
 log = logging.getLogger("lightning_longrope")
@@ -68,7 +68,7 @@ class LongRoPETrainer(Trainer):
             datamodule: Gives the documents.
             target_length: Window to reach in tokens.
             methods: Published methods to measure.
-            factors: Further tables by name: files of rescale factors.
+            factors: Further tables by name: files of rescale factors; of tables by length each length gets its own.
             tuned: Further models by name, measured as they are: checkpoints or folders.
         """
         measuring = self._take_measuring()
@@ -78,11 +78,11 @@ class LongRoPETrainer(Trainer):
         original = rope_geometry(model.model.config).original_length
         if target_length <= original:
             raise ValueError(f"`target_length` ({target_length}) must be longer than the model's window ({original}).")
-        loaded = {name: RescaleFactors.load(path) for name, path in (factors or {}).items()}
+        loaded = {name: LengthTables.load(path) for name, path in (factors or {}).items()}
         tables: dict[str, TableAt | None] = {
             method: method_tables(method, model.model.config, target_length) for method in methods
         }
-        tables |= {name: _fixed(table) for name, table in loaded.items()}
+        tables |= {name: given.for_length for name, given in loaded.items()}
         folder = Path(self.default_root_dir) / "eval"
         models = {name: _version(path) for name, path in {"": model.name_or_path, **(tuned or {})}.items()}
         parts = folder / f"methods-{settings_digest([*measuring, datamodule], target_length, models, loaded)}"
@@ -183,10 +183,6 @@ def _method_name(module: LongRoPEModule) -> str:
 def _version(path: str | None) -> list[Any]:
     """A model's path and, where it is a file or folder here, when it was written."""
     return [path, Path(path).stat().st_mtime if path and Path(path).exists() else None]
-
-
-def _fixed(table: RescaleFactors) -> TableAt:
-    return lambda length: table
 
 
 class LongRoPEParser(LightningArgumentParser):

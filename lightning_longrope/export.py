@@ -16,7 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
-from lightning_longrope.model import PRETRAINED_ROPE, candidate_rows, installed_factors, probe_logits, rope_geometry
+from lightning_longrope.model import (
+    PRETRAINED_ROPE,
+    candidate_rows,
+    installed_factors,
+    installed_tables,
+    probe_logits,
+    rope_geometry,
+)
 from lightning_longrope.rotary import RescaledRotary, rotary_output
 from lightning_longrope.scoring import token_nll
 
@@ -46,8 +53,8 @@ def export_model(
         model: The model, with its weights in one process.
         tokenizer: Its tokenizer, or None to write none.
         folder: Where to write. A folder that is an earlier export is replaced; any other must be empty or absent.
-        short: Table of sequences within the pretrained window; the long table if None. Hugging Face gives both tables
-            one attention factor, that of the long one.
+        short: Table of sequences within the pretrained window; by default the one the model has, else the long table.
+            Hugging Face gives both tables one attention factor, that of the long one.
         drop_start_tokens: Export without the start tokens, which Hugging Face does not know.
         example: Tokens of a text, [S] int64, on which the error about start tokens says what dropping them costs.
 
@@ -61,6 +68,7 @@ def export_model(
     folder = Path(folder)
     _check_free(folder)
     factors = _expressible(model, drop_start_tokens, example)
+    short = short or _short_table(model)
     config = copy.deepcopy(model.config)
     if factors is not None and (short is not None or not factors.is_identity):
         _rescale(config.get_text_config(), factors, short)
@@ -91,6 +99,23 @@ def _expressible(model: PreTrainedModel, drop_start_tokens: bool, example: Tenso
         )
     log.warning("Exporting without the %d start tokens of the factors.", factors.start_tokens)
     return dropped
+
+
+def _short_table(model: PreTrainedModel) -> RescaleFactors | None:
+    """The installed table of sequences within the pretrained window, if there is one.
+
+    Raises:
+        ValueError: If the model has more tables than Hugging Face can choose from.
+    """
+    tables = installed_tables(model)
+    if tables is None or len(tables.tables) == 1:
+        return None
+    if tables.lengths[:-1] != (tables.longest.original_length,):
+        raise ValueError(
+            f"Hugging Face has two tables, for sequences up to {tables.longest.original_length} tokens and for longer"
+            f" ones, but the model has tables for {', '.join(map(str, tables.lengths))} tokens: install two of them."
+        )
+    return tables.tables[0]
 
 
 def _cost(model: PreTrainedModel, factors: RescaleFactors, dropped: RescaleFactors, example: Tensor) -> str:

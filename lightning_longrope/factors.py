@@ -173,8 +173,8 @@ class RescaleFactors:
         """Reads factors from our JSON, from Microsoft's CSV, or from a Hugging Face folder or ``config.json``.
 
         A CSV holds one value a line, or one row of values for each layer, all the same; it gets LongRoPE's attention
-        factor. A Hugging Face config may have the rope types longrope (its long table is read), yarn, linear, dynamic,
-        llama3 and default.
+        factor. A Hugging Face config may have the rope types longrope, yarn, linear, dynamic, llama3 and default. Of
+        several tables the one for the longest window is read; ``LengthTables.load`` reads all.
 
         Args:
             path: The file or folder.
@@ -249,6 +249,8 @@ def _parse(text: str, original_length: int | None, target_length: int | None) ->
     if not text.lstrip().startswith("{"):
         return _from_csv(text, original_length, target_length)
     data = json.loads(text)
+    if "tables" in data:
+        data = max(data["tables"], key=lambda table: table["target_length"])
     if "values" not in data:
         return _from_config(data, original_length, target_length)
     factors = RescaleFactors.from_dict(data)

@@ -6,7 +6,7 @@ between its two tables from the longest position of a batch, and knows no start 
 Shapes: B batch, S sequence, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
 from lightning_longrope.isolation import Stretches, isolated_documents
 from lightning_longrope.rotary import RescaledRotary
+from lightning_longrope.tables import LengthTables
 
 __all__ = [
     "RopeGeometry",
@@ -29,12 +30,14 @@ __all__ = [
     "hidden_states",
     "install_factors",
     "installed_factors",
+    "installed_tables",
     "load_model",
     "load_tokenizer",
     "original_rope",
     "output_head",
     "probe_logits",
     "rope_geometry",
+    "table_for",
     "window",
 ]
 
@@ -44,41 +47,48 @@ PRETRAINED_ROPE = "pretrained_rope"
 _WEIGHTS_PREFIX = "model."  # of a LongRoPEModule's weights in its checkpoints
 
 
-def install_factors(model: PreTrainedModel, factors: RescaleFactors) -> None:
+def install_factors(model: PreTrainedModel, factors: RescaleFactors | LengthTables | Iterable[RescaleFactors]) -> None:
     """Puts rescale factors into a model, in place of any it has, and proves that its logits changed.
 
     Identity factors put the model's own rotary module back, so its logits are those of the pretrained model bit for
-    bit. Weights, the config, training mode and random state are not touched. Where the model cannot run yet (weights
-    on the meta device or partitioned by ZeRO stage 3) the proof is left out.
+    bit. Of several tables each row of a batch is read with the one for its length; see ``RescaledRotary``. Weights, the
+    config, training mode and random state are not touched. Where the model cannot run yet (weights on the meta device
+    or partitioned by ZeRO stage 3) the proof is left out.
 
     Args:
         model: Any Hugging Face causal language model with one rotary module.
-        factors: The factors; kept as ``model.rescale_factors``.
+        factors: The factors, or one table for each range of lengths; kept as ``model.length_tables``.
 
     Raises:
         ValueError: If the model has no rotary embedding, another number of frequency pairs, or a kind that cannot be
             replaced.
         RuntimeError: If the logits do not depend on the table installed.
     """
-    decoder, geometry = _rotary_owner(model), _checked_geometry(model, [factors])
-    current, earlier = decoder.rotary_emb, installed_factors(model)
-    stock = current.stock if isinstance(current, RescaledRotary) else current
-    positions = _spread(factors.target_length)
-    rotary = stock if factors.is_identity else RescaledRotary(stock, [factors], geometry)
-    before = probe_logits(model, positions) if _runs(model) and _tables_differ(earlier, factors) else None
+    installed = LengthTables.of(factors)
+    decoder, geometry = _rotary_owner(model), _checked_geometry(model, installed.tables)
+    current, earlier, longest = decoder.rotary_emb, installed_factors(model), installed.longest
+    stock, positions = _own(current), _spread(longest.target_length)
+    rotary = _rotary_with(model, stock, installed)
+    before = probe_logits(model, positions) if _runs(model) and _tables_differ(earlier, longest) else None
     decoder.rotary_emb = rotary
     try:
         if before is not None and torch.equal(before, probe_logits(model, positions)):
-            _check_wired(model, decoder, stock, geometry, factors)
+            _check_wired(model, decoder, stock, geometry, longest)
     except BaseException:
         decoder.rotary_emb = current
         raise
-    model.rescale_factors = factors
+    model.length_tables = installed
+
+
+def installed_tables(model: PreTrainedModel) -> LengthTables | None:
+    """What was last installed in a model, or None."""
+    return getattr(model, "length_tables", None)
 
 
 def installed_factors(model: PreTrainedModel) -> RescaleFactors | None:
-    """The factors last installed in a model, or None."""
-    return getattr(model, "rescale_factors", None)
+    """The factors last installed in a model, or None; of several tables that of the whole window."""
+    tables = installed_tables(model)
+    return tables.longest if tables else None
 
 
 def window(model: PreTrainedModel) -> int:
@@ -103,14 +113,24 @@ def candidate_rows(model: PreTrainedModel, factors: Sequence[RescaleFactors]) ->
     """
     if not factors:
         raise ValueError("candidate_rows needs at least one set of factors, got none.")
-    decoder, geometry = _rotary_owner(model), _checked_geometry(model, factors)
-    current = decoder.rotary_emb
-    stock = current.stock if isinstance(current, RescaledRotary) else current
-    decoder.rotary_emb = RescaledRotary(stock, factors, geometry, per_row=True)
-    try:
+    geometry = _checked_geometry(model, factors)
+    with _exchanged(model, lambda own: RescaledRotary(own, factors, geometry, per_row=True)):
         yield
-    finally:
-        decoder.rotary_emb = current
+
+
+@contextmanager
+def table_for(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Lets every forward inside the context use the installed table for sequences of ``length`` tokens.
+
+    For a text that is read in parts: each part alone would be read with the table for what was read so far.
+
+    Args:
+        model: The causal language model; without factors nothing changes.
+        length: Tokens of the whole text.
+    """
+    tables = installed_tables(model)
+    with _exchanged(model, lambda own: _rotary_with(model, own, tables and LengthTables.of(tables.for_length(length)))):
+        yield
 
 
 @contextmanager
@@ -120,13 +140,32 @@ def original_rope(model: PreTrainedModel) -> Iterator[None]:
     The tables are read once a forward, outside of the layers, so a backward pass after the context, that of
     checkpointed layers too, has those of its forward.
     """
+    with _exchanged(model, lambda own: own):
+        yield
+
+
+@contextmanager
+def _exchanged(model: PreTrainedModel, rotary: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+    """Lets every forward inside the context use the rotary module that is made from the model's own."""
     decoder = _rotary_owner(model)
     current = decoder.rotary_emb
-    decoder.rotary_emb = current.stock if isinstance(current, RescaledRotary) else current
+    decoder.rotary_emb = rotary(_own(current))
     try:
         yield
     finally:
         decoder.rotary_emb = current
+
+
+def _own(rotary: nn.Module) -> nn.Module:
+    """The rotary module that a model came with."""
+    return rotary.stock if isinstance(rotary, RescaledRotary) else rotary
+
+
+def _rotary_with(model: PreTrainedModel, own: nn.Module, tables: LengthTables | None) -> nn.Module:
+    """The rotary module with tables; the model's own where they change nothing."""
+    if tables is None or tables.is_identity:
+        return own
+    return RescaledRotary(own, tables.tables, rope_geometry(model.config))
 
 
 def _rotary_owner(model: PreTrainedModel) -> Any:
@@ -379,7 +418,7 @@ def _config_of(entries: dict[str, Any]) -> Any:
 
 def _load_exported(path: Path, how: dict[str, Any], trust_remote_code: bool) -> PreTrainedModel:
     """A folder written by ``export_model``: the pretrained model it came from plus its exact table."""
-    factors = RescaleFactors.load(path / FACTORS_FILE, monotone=False)
+    factors = LengthTables.load(path / FACTORS_FILE, monotone=False)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     _undo_rescaling(config.get_text_config())
     model = AutoModelForCausalLM.from_pretrained(str(path), config=config, trust_remote_code=trust_remote_code, **how)
@@ -416,5 +455,5 @@ def _load_checkpoint(path: Path, how: dict[str, Any]) -> PreTrainedModel:
     }
     model.load_state_dict(weights, strict=True)
     if (factors := checkpoint["longrope"]["factors"]) is not None:
-        install_factors(model, RescaleFactors.from_dict(factors))
+        install_factors(model, LengthTables.from_dict(factors))
     return model.eval()

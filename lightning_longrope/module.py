@@ -13,19 +13,19 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.isolation import Stretches
 from lightning_longrope.losses import chunked_nll, token_nll
 from lightning_longrope.metrics import Perplexity
 from lightning_longrope.model import (
     hidden_states,
     install_factors,
-    installed_factors,
+    installed_tables,
     load_model,
     original_rope,
     output_head,
 )
 from lightning_longrope.optimizers import Schedule
+from lightning_longrope.tables import LengthTables
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class LongRoPEModule(LightningModule):
         name_or_path: Hugging Face name or folder, or a ``.ckpt`` this class has written.
         config: Instead of ``name_or_path``: the Hugging Face config of a new model with random weights,
             ``model_type`` included.
-        factors: File of rescale factors to install (JSON, Microsoft CSV, Hugging Face folder).
+        factors: File of rescale factors to install (JSON, Microsoft CSV, Hugging Face folder); of several, each is for
+            sequences up to its own target length.
         optimizer: Optimizer, called with ``parameter_groups()``.
         schedule: Learning rate over the steps of the run.
         attn_implementation: Attention of the model; ``auto`` takes FlashAttention where it runs, else sdpa.
@@ -57,7 +58,7 @@ class LongRoPEModule(LightningModule):
         self,
         name_or_path: str | None = None,
         config: dict[str, Any] | None = None,
-        factors: str | None = None,
+        factors: str | list[str] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         attn_implementation: str = "auto",
@@ -100,7 +101,8 @@ class LongRoPEModule(LightningModule):
         if self.config is not None:
             scale_initial_weights(self.model)
         if self.factors is not None:
-            install_factors(self.model, RescaleFactors.load(self.factors))
+            files = [self.factors] if isinstance(self.factors, str) else self.factors
+            install_factors(self.model, LengthTables.load(*files))
         if self.gradient_checkpointing:
             older = getattr(self.model, "gradient_checkpointing_enable", None)  # before transformers 5.23
             enable: Any = getattr(self.model, "activation_checkpointing_enable", older)
@@ -181,17 +183,17 @@ class LongRoPEModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        factors = installed_factors(self.model)
+        tables = installed_tables(self.model)
         checkpoint["longrope"] = {
             "config": self.model.config.to_dict(),
-            "factors": factors.to_dict() if factors else None,
+            "factors": tables.to_dict() if tables else None,
         }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("longrope", {}).get("factors")
         if saved is not None:
-            install_factors(self.model, RescaleFactors.from_dict(saved))
+            install_factors(self.model, LengthTables.from_dict(saved))
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

@@ -1,4 +1,4 @@
-"""The rotary module that takes the place of a model's own, with float64 tables and one table for each row if wanted.
+"""The rotary module that takes the place of a model's own, with float64 tables chosen row by row.
 
 Shapes: B batch, S sequence, R rotary size, F = R / 2 frequency pairs.
 """
@@ -21,9 +21,12 @@ class RescaledRotary(nn.Module):
     The tables are plain attributes, not buffers: casting the model must not round them. The module it replaces stays
     inside, for layers that are not rescaled and for rows with identity factors, which must get its very numbers.
 
+    Of several tables a row is read with the one for its length, which is its last position plus one: in a decoding step
+    all that came before it counts. Documents packed into one row share the table of the longest of them.
+
     Args:
         stock: The rotary module of the model.
-        factors: One table for all rows, or one for each row of the batch.
+        factors: The tables by rising ``target_length``, or one for each row of the batch.
         geometry: Size and base of the embedding.
         per_row: Whether ``factors`` holds one table for each row.
 
@@ -48,9 +51,11 @@ class RescaledRotary(nn.Module):
                 "attention_factor": torch.tensor(
                     [f.attention_factor for f in factors], dtype=torch.float64, device="cpu"
                 ),
+                "identity": torch.tensor([f.is_identity for f in factors], device="cpu"),
+                "limits": torch.tensor([f.target_length for f in factors[:-1]], dtype=torch.int64, device="cpu"),
             }
         }
-        self._identity = [f.is_identity for f in factors]
+        self._some_identity = any(f.is_identity for f in factors)
         self.train(stock.training)
 
     @torch.no_grad()
@@ -67,13 +72,34 @@ class RescaledRotary(nn.Module):
         if self.rows is not None and self.rows != len(x):
             raise ValueError(f"candidate_rows was given {self.rows} factors, but the batch has {len(x)} rows.")
         device = torch.device("cpu") if x.device.type == "mps" else x.device  # which has no float64
-        cos, sin = cos_sin(position_ids.to(device), **self._tables_on(device), dtype=x.dtype)
+        tables = self._tables_of_rows(position_ids.to(device))
+        identity = tables.pop("identity").to(x.device)[:, None, None]
+        cos, sin = cos_sin(position_ids.to(device), **tables, dtype=x.dtype)
         cos, sin = (self._arrange(part).to(x.device) for part in (cos, sin))
-        if not any(self._identity):
+        if not self._some_identity:
             return cos, sin
-        like = torch.tensor(self._identity, device=x.device)[:, None, None]
         stock = self.stock(x, position_ids) if layer_type is None else self.stock(x, position_ids, layer_type)
-        return torch.where(like, stock[0], cos), torch.where(like, stock[1], sin)
+        return torch.where(identity, stock[0], cos), torch.where(identity, stock[1], sin)
+
+    def chosen(self, lengths: Tensor) -> Tensor | None:
+        """Which table rows of these lengths are read with, or None where the length makes no difference.
+
+        Args:
+            lengths: Tokens of each row, [B] int64.
+
+        Returns:
+            Index of the table by rising ``target_length``, [B] int64.
+        """
+        limits = self._tables_on(lengths.device)["limits"]
+        return torch.bucketize(lengths, limits) if self.rows is None and len(limits) else None
+
+    def _tables_of_rows(self, position_ids: Tensor) -> dict[str, Tensor]:
+        """The table of each row, or the one of all of them."""
+        tables = {name: table for name, table in self._tables_on(position_ids.device).items() if name != "limits"}
+        index = self.chosen(position_ids.amax(-1) + 1)
+        if index is None:
+            return tables
+        return {name: table if name == "pretrained" else table[index] for name, table in tables.items()}
 
     def _tables_on(self, device: torch.device) -> dict[str, Tensor]:
         """The tables on a device; copied there once."""

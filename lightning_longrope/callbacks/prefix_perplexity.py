@@ -24,7 +24,7 @@ class PrefixPerplexity(MeasuringCallback):
 
     A token sees only what stands before it, so the longest length gives every shorter one under the same factors:
     measuring k lengths costs what the longest costs. Different lengths are judged on different tokens, whereas
-    ``PerplexityByLength`` judges every length on the same.
+    ``PerplexityByLength`` judges every length on the same. Of tables by length, that of the longest serves all here.
 
     Logs ``perplexity_prefix/{length}``, token-weighted over the first ``length`` tokens. ``positions`` has the mean
     nll by position in the longest window: where it begins to rise, the window ends. Intervals are 95 % bootstrap

@@ -14,7 +14,7 @@ import lightning_longrope
 PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
-    | {"mixing", "summary", "windows", "redaction", "objectives", "tokenizing", "out_of_memory"},
+    | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"reporting", "isolation"},
     {"module", "datamodules", "callbacks", "harness", "tracking", "strategies"},
@@ -99,7 +99,7 @@ def test_every_module_imports():
 
 
 def test_public_names_resolve():
-    assert len(lightning_longrope.__all__) == 7
+    assert len(lightning_longrope.__all__) == 8
     for name in lightning_longrope.__all__:
         assert getattr(lightning_longrope, name)
 

@@ -1,0 +1,134 @@
+"""One table for each range of lengths: a model reads every sequence with the table made for its length.
+
+With tables for 4k, 32k and 256k tokens::
+
+    sequence of    1 ... 4k    4k + 1 ... 32k    32k + 1 ... 256k    longer
+    is read with      4k             32k               256k           256k
+
+A table made for a long window costs quality on short sequences; one made for a short window fails on long ones.
+
+Source: LongRoPE, arXiv:2402.13753, Section 3.4.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
+from lightning_longrope.files import write_json
+from lightning_longrope.geometry import rope_parameters
+
+
+@dataclass(frozen=True)
+class LengthTables:
+    """Rescale factors by length, each with its own start tokens and attention factor.
+
+    A sequence is read with the first table whose ``target_length`` holds it, and with the longest where none does.
+
+    Raises:
+        ValueError: If there is no table, two are for the same length, or their numbers of pairs differ.
+    """
+
+    tables: tuple[RescaleFactors, ...]
+    """Sorted by ``target_length``, in whatever order they are given."""
+
+    def __post_init__(self) -> None:
+        tables = tuple(sorted(self.tables, key=lambda table: table.target_length))
+        object.__setattr__(self, "tables", tables)
+        if not tables:
+            raise ValueError("A model needs at least one table of rescale factors, got none.")
+        if len({table.pairs for table in tables}) > 1:
+            raise ValueError(
+                f"Tables of one model need as many values each, got {[table.pairs for table in tables]}:"
+                " they belong to different models."
+            )
+        lengths = [table.target_length for table in tables]
+        if len(set(lengths)) < len(lengths):
+            raise ValueError(f"Every table needs a `target_length` of its own, got {lengths}.")
+
+    @classmethod
+    def of(cls, factors: "RescaleFactors | LengthTables | Iterable[RescaleFactors]") -> "LengthTables":
+        """Tables from one table, several, or tables, which are returned as they are."""
+        if isinstance(factors, LengthTables):
+            return factors
+        return cls((factors,) if isinstance(factors, RescaleFactors) else tuple(factors))
+
+    @property
+    def longest(self) -> RescaleFactors:
+        """The table of the whole window."""
+        return self.tables[-1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The longest sequence of each table in tokens, rising."""
+        return tuple(table.target_length for table in self.tables)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether a model with these tables is the pretrained model."""
+        return all(table.is_identity for table in self.tables)
+
+    def for_length(self, length: int) -> RescaleFactors:
+        """The table that a sequence of ``length`` tokens is read with."""
+        return next((table for table in self.tables if length <= table.target_length), self.longest)
+
+    def with_pretrained(self) -> "LengthTables":
+        """These tables, and none at all for sequences within the pretrained window.
+
+        A model that was not tuned gives its pretrained logits there, bit for bit. Tables for such lengths are left out.
+        """
+        window = self.longest.original_length
+        own = RescaleFactors((1.0,) * self.longest.pairs, window, window)
+        return LengthTables((own, *(table for table in self.tables if table.target_length > window)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists; a single table is written as :meth:`RescaleFactors.to_dict` writes it."""
+        written = [table.to_dict() for table in self.tables]
+        return written[0] if len(written) == 1 else {"tables": written}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LengthTables":
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If a table is not one; see :meth:`RescaleFactors.from_dict`.
+        """
+        return cls(tuple(RescaleFactors.from_dict(table) for table in data.get("tables", [data])))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the tables as one JSON file, in full or not at all."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, *paths: str | Path, monotone: bool = True) -> "LengthTables":
+        """Reads the tables of one or more files or Hugging Face folders, as :meth:`RescaleFactors.load` takes them.
+
+        A Hugging Face config of rope type ``longrope`` gives its short table too where that differs from the long one.
+
+        Args:
+            paths: Files or folders; their tables are put together.
+            monotone: Refuse factors that decrease from one pair to the next.
+
+        Raises:
+            ValueError: If a file cannot be read as factors, or the tables do not belong together.
+        """
+        return cls(tuple(table for path in paths for table in _tables_in(Path(path), monotone)))
+
+
+def _tables_in(path: Path, monotone: bool) -> list[RescaleFactors]:
+    """All tables of one file or folder, the longest last."""
+    longest = RescaleFactors.load(path, monotone=monotone)
+    if path.is_dir():
+        path = path / FACTORS_FILE if (path / FACTORS_FILE).is_file() else path / "config.json"
+    text = path.read_text(encoding="utf-8")
+    if not text.lstrip().startswith("{"):
+        return [longest]
+    data = json.loads(text)
+    if "tables" in data:
+        return list(LengthTables.from_dict(data).tables)
+    short = None if "values" in data else rope_parameters(data).get("short_factor")
+    if short is None or tuple(short) == longest.values:
+        return [longest]
+    return [replace(longest, values=tuple(short), target_length=longest.original_length), longest]
