@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_longrope.isolation import Stretches
 from lightning_longrope.losses import chunked_nll, token_nll
+from lightning_longrope.memory import Memory, check_memory, save_memory
 from lightning_longrope.metrics import Perplexity
 from lightning_longrope.model import (
     hidden_states,
@@ -47,11 +48,12 @@ class LongRoPEModule(LightningModule):
         attn_implementation: Attention of the model; ``auto`` takes FlashAttention where it runs, else sdpa.
         dtype: Type of the weights as they are loaded.
         gradient_checkpointing: Keep only layer inputs for the backward pass.
+        memory: Further savings of memory: layer inputs on the CPU, MLP in tiles.
         compile_layers: Compile each decoder layer for training steps; goes on without if no compiler is found.
         trust_remote_code: Let a hub model run its own code.
 
     Raises:
-        ValueError: If not exactly one of ``name_or_path`` and ``config`` is given.
+        ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, or a saving of memory has no effect.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class LongRoPEModule(LightningModule):
         attn_implementation: str = "auto",
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        memory: Memory = Memory(),  # noqa: B008 - frozen
         compile_layers: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
@@ -80,7 +83,9 @@ class LongRoPEModule(LightningModule):
         self.schedule = schedule
         self.attn_implementation = attn_implementation
         self.dtype_name = dtype
+        check_memory(memory, gradient_checkpointing)
         self.gradient_checkpointing = gradient_checkpointing
+        self.memory = memory
         self.compile_layers = compile_layers
         self.trust_remote_code = trust_remote_code
         self.model: Any = None
@@ -103,10 +108,7 @@ class LongRoPEModule(LightningModule):
         if self.factors is not None:
             files = [self.factors] if isinstance(self.factors, str) else self.factors
             install_factors(self.model, LengthTables.load(*files))
-        if self.gradient_checkpointing:
-            older = getattr(self.model, "gradient_checkpointing_enable", None)  # before transformers 5.23
-            enable: Any = getattr(self.model, "activation_checkpointing_enable", older)
-            enable({"use_reentrant": False})
+        save_memory(self.model, decoder_layers(self.model), self.gradient_checkpointing, self.memory)
 
     @override
     def on_fit_start(self) -> None:
