@@ -26,6 +26,7 @@ from lightning_longrope.objectives import OBJECTIVES, Objective, ObjectiveName, 
 from lightning_longrope.out_of_memory import GoOnWithShapes, free_memory, gathers_weights, is_out_of_memory
 from lightning_longrope.score_book import EARLIER, OOM, OWN, UNKNOWN, ScoreBook, plain_number
 from lightning_longrope.scoring import Score, document_values, row_sums, score_of
+from lightning_longrope.sequence_parallel import sequence_group
 
 Rows = list[tuple[int, int]]
 """Rows of one forward pass, as (candidate, document)."""
@@ -143,7 +144,8 @@ class Evaluator:
         self.history: list[dict[str, Any]] = []
         self.forwards = 0
         self.recalled = 0
-        self._gathers = self.workers.world_size > 1 and gathers_weights(model)
+        self._group = sequence_group(model)
+        self._waited_for = self._group.size > 1 or (self.workers.world_size > 1 and gathers_weights(model))
         self._most_rows: int | None = None  # of a pass, once memory did not suffice for more
 
     def scores(
@@ -202,11 +204,12 @@ class Evaluator:
 
     def _attempt(self, rows: Rows, tables: Sequence[RescaleFactors]) -> Tensor | None:
         """Sums of a pass, [B, 4]; None where there is not enough memory for it."""
-        shapes = GoOnWithShapes() if self._gathers else nullcontext()
+        shapes = GoOnWithShapes() if self._waited_for else nullcontext()
         try:
             with shapes:
                 sums = row_sums(self.model, [tables[c] for c, _ in rows], [self.documents[d] for _, d in rows])
-            return None if getattr(shapes, "failed", False) else sums
+            failed = self._group.any(getattr(shapes, "failed", False), self.model.device)
+            return None if failed else sums
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -31,6 +31,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 SUFFIX = "_by_document"
 """What the name of an attention implementation gains when ours takes its place."""
 
+OVER_RANKS = "_over_ranks"
+"""What it gains when ranks share the rows, in ``sequence_parallel``, whose attention isolates documents too."""
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+"""Attention as transformers calls it: the module, queries, keys, values, a mask and options."""
+
 _isolating: ContextVar[bool] = ContextVar("isolating", default=False)
 
 
@@ -81,8 +87,11 @@ def _keywords(model: PreTrainedModel, stretches: Stretches) -> dict[str, Any]:
     implementation = model.config._attn_implementation
     if implementation == "flex_attention":
         return {}
-    if not implementation.startswith("flash_attention"):
-        return {"stretches": stretches}
+    return flash_keywords(stretches) if implementation.startswith("flash_attention") else {"stretches": stretches}
+
+
+def flash_keywords(stretches: Stretches) -> dict[str, Any]:
+    """The bounds of documents as FlashAttention of transformers takes them."""
     bounds, longest = stretches.cu_seq_lens, stretches.max_length
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
@@ -95,7 +104,9 @@ def _prepare(model: PreTrainedModel) -> None:
     if implementation in ("sdpa", "eager"):
         _register(implementation)
         model.set_attn_implementation(implementation + SUFFIX)
-    elif not implementation.startswith(("flash_attention", "flex_attention")) and not implementation.endswith(SUFFIX):
+    elif not implementation.startswith(("flash_attention", "flex_attention")) and not implementation.endswith(
+        (SUFFIX, OVER_RANKS)
+    ):
         raise ValueError(
             f"Isolated documents need `attn_implementation` sdpa, eager, flash_attention_2 or flex_attention, got"
             f" {implementation!r}: choose one of these, or `packing: concat` without `isolate_documents`."
@@ -110,8 +121,13 @@ def _prepare(model: PreTrainedModel) -> None:
 
 def _register(implementation: str) -> None:
     """Makes our attention known under the name of the one it falls back on."""
+    AttentionInterface.register(implementation + SUFFIX, attention_by_document(implementation))
+    AttentionMaskInterface.register(implementation + SUFFIX, mask_by_document(implementation))
+
+
+def attention_by_document(implementation: str) -> Attention:
+    """Attention that takes ``stretches``; without them it is that of the name, sdpa or eager."""
     known = None if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-    mask_of = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
@@ -122,11 +138,17 @@ def _register(implementation: str) -> None:
             return fallback(module, query, key, value, mask, **options)
         return _by_document(fallback, implementation, module, query, key, value, stretches, options)
 
+    return attention
+
+
+def mask_by_document(implementation: str) -> Callable[..., Any]:
+    """What makes the masks of an attention, sdpa or eager: none where documents are isolated."""
+    mask_of = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+
     def mask(*arguments: Any, **options: Any) -> Any:
         return None if _isolating.get() else mask_of(*arguments, **options)
 
-    AttentionInterface.register(implementation + SUFFIX, attention)
-    AttentionMaskInterface.register(implementation + SUFFIX, mask)
+    return mask
 
 
 def _eager_of(module: Any) -> Any:

@@ -21,6 +21,7 @@ from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
 from lightning_longrope.isolation import Stretches, isolated_documents
 from lightning_longrope.rotary import RescaledRotary
+from lightning_longrope.sequence_parallel import sequence_group, shared_rows
 from lightning_longrope.tables import LengthTables
 
 __all__ = [
@@ -273,6 +274,9 @@ def hidden_states(
 ) -> Tensor:
     """Final hidden states of a causal model, without its output head, a key-value cache or an attention mask.
 
+    Where ranks share the rows of a model (see ``sequence_parallel``), all of them are given whole rows, and each gets
+    the states of its part.
+
     Args:
         model: The causal language model.
         input_ids: Tokens, [B, S] int64.
@@ -280,14 +284,17 @@ def hidden_states(
         stretches: Where documents lie that must not see each other; the positions begin again with each of them.
 
     Returns:
-        [B, S, H], normalised as the output head expects it.
+        [B, S, H], normalised as the output head expects it; [B, ceil(S / P), H] where P ranks share the rows.
     """
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    inputs = {"input_ids": input_ids, "position_ids": position_ids}
     isolation: AbstractContextManager[dict[str, Any]] = nullcontext({})
+    sharing: AbstractContextManager[dict[str, Any]] = nullcontext({})
     if stretches is not None:
         isolation = isolated_documents(model, stretches)
-    with isolation as keywords:
-        return model.get_decoder()(**inputs, **keywords).last_hidden_state
+    if sequence_group(model).size > 1:
+        sharing = shared_rows(model, input_ids, position_ids, stretches)
+    with isolation as apart, sharing as share:
+        return model.get_decoder()(**{**inputs, **apart, **share}, use_cache=False).last_hidden_state
 
 
 def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:

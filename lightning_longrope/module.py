@@ -1,19 +1,18 @@
 """The LightningModule around a rescaled model: loss, optimizer, and factors that travel in the checkpoint."""
 
 import logging
-import math
-import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from lightning_longrope.isolation import Stretches
+from lightning_longrope.layers import compile_decoder_layers, decoder_layers, scale_initial_weights, shard_weights
 from lightning_longrope.losses import chunked_nll, token_nll
 from lightning_longrope.memory import Memory, check_memory, save_memory
 from lightning_longrope.metrics import Perplexity
@@ -26,6 +25,7 @@ from lightning_longrope.model import (
     output_head,
 )
 from lightning_longrope.optimizers import Schedule
+from lightning_longrope.sequence_parallel import sequence_group
 from lightning_longrope.tables import LengthTables
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ class LongRoPEModule(LightningModule):
             files = [self.factors] if isinstance(self.factors, str) else self.factors
             install_factors(self.model, LengthTables.load(*files))
         save_memory(self.model, decoder_layers(self.model), self.gradient_checkpointing, self.memory)
+        if self.device_mesh is not None:
+            shard_weights(self.model, self.device_mesh["data_parallel"])
 
     @override
     def on_fit_start(self) -> None:
@@ -117,16 +119,16 @@ class LongRoPEModule(LightningModule):
 
     @override
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits of every position, [B, S, V]; scoring and training never call this for long rows."""
-        return output_head(self.model)(hidden_states(self.model, input_ids))
+        """Logits of every position, [B, S, V], on every rank; scoring and training never call this for long rows."""
+        hidden = hidden_states(self.model, input_ids)
+        return output_head(self.model)(sequence_group(self.model).join(hidden, input_ids.shape[1]))
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        hidden = self.hidden_states(batch)[:, :-1]
-        weights = batch["weights"][:, 1:].reshape(-1) if "weights" in batch else None
-        nll, count = chunked_nll(
-            hidden.reshape(-1, hidden.shape[-1]), output_head(self.model), batch["labels"][:, 1:].reshape(-1), weights
-        )
+        hidden = self.hidden_states(batch)
+        weights = self.predicted(batch["weights"], 0).flatten() if "weights" in batch else None
+        labels = self.predicted(batch["labels"], -100).flatten()
+        nll, count = chunked_nll(hidden.flatten(0, 1), output_head(self.model), labels, weights)
         total_nll, total = self._over_ranks(torch.stack([nll.detach(), count]))
         total = torch.where(total > 0, total, 1)  # no label anywhere: no loss
         self.log("train_loss", total_nll / total, prog_bar=True, batch_size=len(batch["input_ids"]))
@@ -135,6 +137,8 @@ class LongRoPEModule(LightningModule):
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
         """Final hidden states of a batch, [B, S, H]: documents isolated and the original RoPE where it asks for them.
 
+        Where P ranks share the rows, those of this rank's tokens, [B, ceil(S / P), H]; ``predicted`` cuts labels alike.
+
         Args:
             batch: ``input_ids`` [B, S] int64; ``position_ids``, ``cu_seq_lens`` and ``max_length`` where documents must
                 not see each other; ``original_rope``, true for rows that are read with the pretrained RoPE.
@@ -142,6 +146,18 @@ class LongRoPEModule(LightningModule):
         stretches = Stretches(batch["cu_seq_lens"], batch["max_length"]) if "cu_seq_lens" in batch else None
         with original_rope(self.model) if batch.get("original_rope") else nullcontext():
             return hidden_states(self.model, batch["input_ids"], batch.get("position_ids"), stretches)
+
+    def predicted(self, rows: Tensor, end: int) -> Tensor:
+        """What belongs to the token that each of ``hidden_states`` predicts, the next one.
+
+        Args:
+            rows: One value for each token of whole rows, [B, S].
+            end: Value where there is no next token.
+
+        Returns:
+            [B, S]; [B, ceil(S / P)] where P ranks share the rows.
+        """
+        return sequence_group(self.model).cut(pad(rows[:, 1:], (0, 1), value=end), filling=end)
 
     @property
     def _ranks(self) -> int:
@@ -155,10 +171,10 @@ class LongRoPEModule(LightningModule):
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        labels = batch["labels"][:, 1:].reshape(-1)
+        labels = self.predicted(batch["labels"], -100).flatten()
         with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for these shapes
-            hidden = self.hidden_states(batch)[:, :-1]
-        nll = token_nll(hidden.reshape(-1, hidden.shape[-1]), output_head(self.model), labels)
+            hidden = self.hidden_states(batch)
+        nll = token_nll(hidden.flatten(0, 1), output_head(self.model), labels)
         self.perplexity.update(nll.double().sum(), (labels != -100).sum())
         self.log("val_perplexity", self.perplexity, prog_bar=True, batch_size=len(batch["labels"]))
 
@@ -196,45 +212,3 @@ class LongRoPEModule(LightningModule):
         saved = checkpoint.get("longrope", {}).get("factors")
         if saved is not None:
             install_factors(self.model, LengthTables.from_dict(saved))
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of decoder layers of a Hugging Face model.
-
-    Raises:
-        ValueError: If the base model has no list of layers.
-    """
-    lists: Iterator[nn.ModuleList] = (m for m in model.base_model.children() if isinstance(m, nn.ModuleList))
-    layers = next(lists, None)
-    if layers is None:
-        raise ValueError(f"{type(model).__name__} keeps no list of decoder layers where Hugging Face models do.")
-    return layers
-
-
-def compile_decoder_layers(model: Any) -> None:
-    """Compiles each layer in place; says so and leaves the model as it is where there is no C++ compiler.
-
-    Layers and not the whole model: a compiled model builds dense attention masks.
-    """
-    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        log.info("No C++ compiler (g++, clang++) found: training goes on without torch.compile.")
-        return
-    for layer in decoder_layers(model):
-        layer.compile(dynamic=False)
-
-
-@torch.no_grad()
-def scale_initial_weights(model: Any) -> None:
-    """Initial weights for training from scratch: matrices at 1/sqrt(fan in), residual outputs smaller with depth.
-
-    The two outputs a layer adds to the residual stream are divided by sqrt(2 x layers), so that the stream keeps
-    its size. Embeddings and norms stay as Hugging Face makes them.
-    """
-    layers = decoder_layers(model)
-    residual = {"o_proj", "down_proj", "dense", "dense_4h_to_h"}
-    for name, module in layers.named_modules():
-        if isinstance(module, nn.Linear):
-            std = 1 / math.sqrt(module.in_features)
-            if name.rsplit(".", 1)[-1] in residual:
-                std /= math.sqrt(2 * len(layers))
-            nn.init.normal_(module.weight, std=std)

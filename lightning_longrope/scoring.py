@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.losses import token_nll as flat_token_nll
 from lightning_longrope.model import candidate_rows, hidden_states, output_head
 from lightning_longrope.objectives import Objective, SearchDocument
+from lightning_longrope.sequence_parallel import sequence_group
 
 Status = Literal["ok", "nan", "inf", "oom", "dropped"]
 
@@ -37,11 +39,14 @@ def token_nll(model: Any, input_ids: Tensor, last: int | None = None) -> Tensor:
     Returns:
         [B, S - 1] (or [B, last]) float32 in nats; without ``last``, entry ``t`` belongs to token ``t + 1``.
     """
-    first = 0 if last is None else input_ids.shape[1] - 1 - last
-    hidden = _hidden(model, input_ids)[:, first:-1].flatten(0, 1)
-    labels = input_ids[:, first + 1 :].flatten()
-    flat = flat_token_nll(hidden, output_head(model), labels, chunk=_positions_at_a_time(model))
-    return flat.view(input_ids.shape[0], -1)
+    rows, length = input_ids.shape
+    hidden, group = _hidden(model, input_ids), sequence_group(model)
+    if last is not None:
+        states = _states(model, hidden, rows, range(length - 1 - last, length - 1))
+        return _flat_nll(model, states, input_ids[:, -last:].flatten()).view(rows, last)
+    labels = group.cut(pad(input_ids[:, 1:], (0, 1), value=-100), filling=-100)
+    nll = _flat_nll(model, hidden.flatten(0, 1), labels.flatten()).view(labels.shape)
+    return group.join(nll, length)[:, :-1]
 
 
 @torch.no_grad()
@@ -59,8 +64,10 @@ def greedy_matches(model: Any, input_ids: Tensor, answer: int) -> Tensor:
     Returns:
         [B, A] bool.
     """
-    hidden, head = _hidden(model, input_ids)[:, -answer - 1 : -1].flatten(0, 1), output_head(model)
-    likeliest = torch.cat([head(part).argmax(-1) for part in hidden.split(_positions_at_a_time(model))])
+    rows, length = input_ids.shape
+    states = _states(model, _hidden(model, input_ids), rows, range(length - 1 - answer, length - 1))
+    head = output_head(model)
+    likeliest = torch.cat([head(part).argmax(-1) for part in states.split(_positions_at_a_time(model))])
     return likeliest.view(-1, answer) == input_ids[:, -answer:]
 
 
@@ -84,7 +91,10 @@ def continuation_scores(
     device = next(model.parameters()).device
     padded = [torch.tensor(row, device=device) for row in rows]
     hidden = _hidden(model, torch.nn.utils.rnn.pad_sequence(padded, batch_first=True))
-    states = torch.cat([hidden[row, len(rows[row]) - len(tokens) : len(rows[row])] for row, tokens in continuations])
+    places = [(row, place) for row, tokens in continuations for place in range(-len(tokens), 0)]
+    of, back = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2).T
+    ends = torch.tensor([len(row) for row in rows], device=device)
+    states = sequence_group(model).take(hidden, of, ends[of] + back)
     labels = torch.cat([torch.tensor(tokens, device=device) for _, tokens in continuations])
     head, size, nll, right = output_head(model), _positions_at_a_time(model), [], []
     for part, wanted in zip(states.split(size), labels.split(size), strict=True):
@@ -94,6 +104,16 @@ def continuation_scores(
     lengths = [len(tokens) for _, tokens in continuations]
     sums = [part.sum() for part in torch.cat(nll).split(lengths)]
     return torch.stack(sums), torch.stack([part.all() for part in torch.cat(right).split(lengths)])
+
+
+def _states(model: Any, hidden: Tensor, rows: int, positions: range) -> Tensor:
+    """Hidden states at the same positions of all rows, [B * positions, H]."""
+    places = torch.cartesian_prod(torch.arange(rows), torch.tensor(positions)).to(hidden.device)
+    return sequence_group(model).take(hidden, *places.T)
+
+
+def _flat_nll(model: Any, states: Tensor, labels: Tensor) -> Tensor:
+    return flat_token_nll(states, output_head(model), labels, chunk=_positions_at_a_time(model))
 
 
 def _positions_at_a_time(model: Any) -> int:

@@ -4,13 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_longrope import tracking
 from lightning_longrope.callbacks.search_display import SearchDisplay
+from lightning_longrope.callbacks.workers import TrainerWorkers
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.model import install_factors, installed_factors, rope_geometry
 from lightning_longrope.objectives import Objective, ObjectiveName
@@ -178,38 +177,3 @@ def _scalars(judged: HeldOut) -> dict[str, float]:
     """The judgement as loggers get it."""
     named = {f"held_out_{name}": score for name, score in judged.baselines.items()}
     return {"held_out": judged.score, "held_out_difference": judged.difference, **named}
-
-
-class TrainerWorkers:
-    """The ranks of a trainer as the workers of a search; ranks that read the same samples are one worker.
-
-    Those are the ranks of a sequence- or tensor-parallel group, by the strategy's ``distributed_sampler_kwargs``.
-
-    Args:
-        trainer: Its strategy knows the ranks. Every rank must make this object.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        samplers = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-        self.rank = int(samplers.get("rank", trainer.global_rank))
-        self.world_size = int(samplers.get("num_replicas", trainer.world_size))
-        self.writes = trainer.is_global_zero
-        self._strategy = trainer.strategy
-        self._alone = trainer.world_size == 1
-        self._counts = self._is_first(trainer)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over all workers, on the CPU."""
-        if self._alone:
-            return values
-        part = values if self._counts else torch.zeros_like(values)
-        return self._strategy.reduce(part.to(self._strategy.root_device), reduce_op="sum").cpu()
-
-    def _is_first(self, trainer: Trainer) -> bool:
-        """Whether this rank is the first of its worker, the one that counts in a sum."""
-        if self.world_size == trainer.world_size:
-            return True
-        own = torch.zeros(trainer.world_size, device=self._strategy.root_device)
-        own[trainer.global_rank] = self.rank
-        ranks = self._strategy.reduce(own, reduce_op="sum").tolist()
-        return bool(ranks.index(self.rank) == trainer.global_rank)

@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_longrope import tracking
+from lightning_longrope.callbacks.workers import TrainerWorkers
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean
 from lightning_longrope.model import install_factors
@@ -202,6 +203,8 @@ class MeasuringCallback(Callback, ABC):
     def share(self, trainer: Trainer, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
         """This rank's share of the forward passes, as many as every other rank's (ZeRO and FSDP gather in them).
 
+        The ranks of a sequence-parallel group run the same ones.
+
         Args:
             trainer: Knows the rank and the number of ranks.
             items: All passes, the same on every rank.
@@ -209,15 +212,14 @@ class MeasuringCallback(Callback, ABC):
         Yields:
             A pass, and whether its result counts: a rank that has none left repeats the last one.
         """
-        for start in range(0, len(items), trainer.world_size):
-            index = start + trainer.global_rank
+        workers = TrainerWorkers(trainer)
+        for start in range(0, len(items), workers.world_size):
+            index = start + workers.rank
             yield items[min(index, len(items) - 1)], index < len(items)
 
     def sum_over_ranks(self, trainer: Trainer, values: Tensor) -> Tensor:
-        """Sum of a float64 tensor over all ranks, on the CPU; exact where only one rank has a nonzero entry."""
-        if trainer.world_size == 1:
-            return values
-        return trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+        """Sum of a float64 tensor over all ranks' shares, on the CPU; exact where only one has a nonzero entry."""
+        return TrainerWorkers(trainer).sum(values)
 
 
 def _as_it_is(length: int) -> None:

@@ -1,17 +1,8 @@
-"""Strategies for long contexts: Lightning's own, with what they lack. Each is imported on first use."""
+"""Strategies for long contexts: Lightning's own, with what they lack."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from lightning_longrope.strategies.ddp import LongContextDDPStrategy
+from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy
+from lightning_longrope.strategies.fsdp2 import LongContextFSDP2Strategy
+from lightning_longrope.strategies.sequence_parallel import SequenceParallel
 
-if TYPE_CHECKING:
-    from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy
-
-_HOMES = {"LongContextDeepSpeedStrategy": "deepspeed"}
-
-__all__ = ["LongContextDeepSpeedStrategy"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["LongContextDDPStrategy", "LongContextDeepSpeedStrategy", "LongContextFSDP2Strategy", "SequenceParallel"]

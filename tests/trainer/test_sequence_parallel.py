@@ -1,0 +1,121 @@
+"""Rows shared by real processes against whole rows on one: hidden states, loss, gradients, training, search."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import LLAMA
+from processes import run_ranks
+
+from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.isolation import Stretches
+from lightning_longrope.losses import chunked_nll
+from lightning_longrope.model import hidden_states, install_factors, load_model, output_head
+from lightning_longrope.scoring import continuation_scores, greedy_matches, token_nll
+from lightning_longrope.sequence_parallel import SequenceGroup, share_rows
+
+pytestmark = pytest.mark.distributed
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 32,
+}
+FAMILIES = {
+    "llama": {},
+    "multi_head": {"num_key_value_heads": 4},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "max_position_embeddings": 192, "rope_parameters": LONGROPE},
+    "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": None},
+    "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 6, "attn_implementation": "eager"},
+}
+FACTORS = RescaleFactors((1.0, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0), 32, 64, start_tokens=4, attention_factor=1.1)
+LENGTH = 43  # no number of ranks divides it; longer than the window of 32, and a share of it is not
+
+
+def model_of(name, **options):
+    config = copy.deepcopy({**LLAMA, "bos_token_id": 1, "eos_token_id": 2, "attention_dropout": 0.0, **FAMILIES[name]})
+    attention = config.pop("attn_implementation", "sdpa")
+    torch.manual_seed(0)
+    config = {key: value for key, value in config.items() if value is not None}
+    return load_model(config=config, attn_implementation=attention, **options).eval()
+
+
+def rows():
+    """Two rows of documents, and labels of which some ranks have none."""
+    tokens = torch.randint(1, 96, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    labels[:, 20:] = -100
+    sizes = [3, 20, 1, 19, LENGTH]
+    positions = torch.cat([torch.arange(size) for size in sizes]).view(2, LENGTH)
+    bounds = torch.tensor([0, *sizes]).cumsum(0).int()
+    return tokens, labels, positions, Stretches(bounds, max(sizes))
+
+
+def loss_and_gradients(model, group, isolated):
+    """Mean loss over labels on all ranks, and the mean of the ranks' gradients, as every strategy takes it."""
+    tokens, labels, positions, stretches = rows()
+    model.zero_grad()
+    shifted = group.cut(torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), filling=-100)
+    hidden = hidden_states(model, tokens, *((positions, stretches) if isolated else ()))
+    nll, count = chunked_nll(hidden.flatten(0, 1), output_head(model), shifted.flatten(), chunk=7)
+    sums = torch.stack([nll.detach(), count])
+    if group.size > 1:
+        dist.all_reduce(sums)
+    (nll * group.size / sums[1]).backward()
+    for parameter in model.parameters():
+        if group.size > 1:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= group.size
+    return group.join(hidden, LENGTH), sums[0] / sums[1], [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def compare(name, group, isolated, attention=None):
+    whole = model_of(name)
+    if name == "llama":
+        install_factors(whole, FACTORS)
+    if attention is not None:
+        whole.set_attn_implementation(attention)
+    shared = copy.deepcopy(whole)
+    share_rows(shared, group)
+    one, many = (loss_and_gradients(model, how, isolated) for model, how in ((whole, SequenceGroup()), (shared, group)))
+    for ours, theirs in zip((*many[:2], *many[2]), (*one[:2], *one[2]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+    assert len(one[2]) > 10
+    return whole, shared
+
+
+def share_and_compare(folder):
+    dist.init_process_group("gloo")
+    group, done = SequenceGroup(dist.group.WORLD), []
+    for name in FAMILIES:
+        for isolated in (False, True):
+            whole, shared = compare(name, group, isolated and name != "phi3")
+            done.append(name)
+    tokens = rows()[0]
+    whole, shared = compare("llama", group, True, "eager")
+    shared.gradient_checkpointing_enable()
+    for found, expected in (
+        (token_nll(shared, tokens), token_nll(whole, tokens)),
+        (token_nll(shared, tokens, last=5), token_nll(whole, tokens)[:, -5:]),
+        (greedy_matches(shared, tokens, 9), greedy_matches(whole, tokens, 9)),
+        *zip(
+            *(
+                continuation_scores(model, [[5, 6, 7, 8, 9], [7, 8]], [(0, [9, 3, 1]), (1, [4])])
+                for model in (shared, whole)
+            ),
+            strict=True,
+        ),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (folder / f"done{dist.get_rank()}").write_text(" ".join(done))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_shared_rows_are_whole_rows(tmp_path, world_size):
+    run_ranks(world_size, share_and_compare, tmp_path, logs=tmp_path / "logs")
+    for rank in range(world_size):
+        assert (tmp_path / f"done{rank}").read_text().split() == [name for name in FAMILIES for _ in range(2)]
