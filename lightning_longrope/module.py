@@ -25,6 +25,7 @@ from lightning_longrope.model import (
     output_head,
 )
 from lightning_longrope.optimizers import Schedule
+from lightning_longrope.rotary import float32_rotary
 from lightning_longrope.sequence_parallel import sequence_group
 from lightning_longrope.tables import LengthTables
 
@@ -111,6 +112,11 @@ class LongRoPEModule(LightningModule):
         save_memory(self.model, decoder_layers(self.model), self.gradient_checkpointing, self.memory)
         if self.device_mesh is not None:
             shard_weights(self.model, self.device_mesh["data_parallel"])
+
+    @override
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with float32_rotary(self):  # `.to(bfloat16)` and the like come by here
+            return super()._apply(fn, recurse)
 
     @override
     def on_fit_start(self) -> None:

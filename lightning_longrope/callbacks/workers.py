@@ -20,8 +20,12 @@ class TrainerWorkers:
         samplers = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
         self.rank = int(samplers.get("rank", trainer.global_rank))
         self.world_size = int(samplers.get("num_replicas", trainer.world_size))
-        self.writes = trainer.is_global_zero
         self._trainer = trainer
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process keeps the files."""
+        return self._trainer.is_global_zero
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a float64 tensor over all workers, on the CPU; every rank must call it."""

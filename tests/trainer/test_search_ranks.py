@@ -9,9 +9,8 @@ import pytest
 import torch
 from helpers import LLAMA, random_loader, tiny_llama
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from processes import PARTITIONED, run_ranks
-from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_longrope import LongRoPEModule, evaluating
@@ -19,7 +18,7 @@ from lightning_longrope.callbacks import FactorSearch
 from lightning_longrope.evaluating import ProcessWorkers
 from lightning_longrope.search import RampSearch
 from lightning_longrope.searching import search_factors
-from lightning_longrope.strategies import LongContextDeepSpeedStrategy
+from lightning_longrope.strategies import LongContextDeepSpeedStrategy, LongContextFSDP2Strategy
 
 pytestmark = pytest.mark.distributed
 LENGTH = 64
@@ -75,15 +74,11 @@ class Rows(LightningDataModule):
 
 
 class Module(LongRoPEModule):
-    """Shards itself where it is asked to, and notes what the search found and how its weights lay then."""
+    """Notes what the search found and how its weights lay then."""
 
     def configure_model(self):
         torch.manual_seed(0)
         super().configure_model()
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            mesh = self.device_mesh["data_parallel"]
-            for part in (*self.model.model.layers, self.model.lm_head, self.model.model):
-                fully_shard(part, mesh=mesh)
 
     def on_train_start(self):
         weight = self.model.model.layers[0].mlp.up_proj.weight
@@ -101,7 +96,7 @@ def strategy(name):
     if name in ("ddp", "group"):
         return DDPStrategy() if name == "ddp" else Group()
     if name == "fsdp2":
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return LongContextFSDP2Strategy()
     return LongContextDeepSpeedStrategy(stage=int(name[-1]), zero=PARTITIONED if name == "zero3" else None)
 
 

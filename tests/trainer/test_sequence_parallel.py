@@ -1,19 +1,30 @@
 """Rows shared by real processes against whole rows on one: hidden states, loss, gradients, training, search."""
 
 import copy
+import json
+import os
+from contextlib import suppress
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import LLAMA
+from lightning.pytorch import Trainer
 from processes import run_ranks
+from small_tokenizers import TEXT, byte_level
 
+from lightning_longrope import LongRoPEModule
+from lightning_longrope.callbacks import FactorSearch, PasskeyRetrieval, PerplexityByLength
+from lightning_longrope.datamodules import PackedTextDataModule
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.isolation import Stretches
 from lightning_longrope.losses import chunked_nll
 from lightning_longrope.model import hidden_states, install_factors, load_model, output_head
+from lightning_longrope.optimizers import Schedule
 from lightning_longrope.scoring import continuation_scores, greedy_matches, token_nll
+from lightning_longrope.search import RampSearch
 from lightning_longrope.sequence_parallel import SequenceGroup, share_rows
+from lightning_longrope.strategies import LongContextDDPStrategy, LongContextFSDP2Strategy
 
 pytestmark = pytest.mark.distributed
 LONGROPE = {
@@ -119,3 +130,103 @@ def test_shared_rows_are_whole_rows(tmp_path, world_size):
     run_ranks(world_size, share_and_compare, tmp_path, logs=tmp_path / "logs")
     for rank in range(world_size):
         assert (tmp_path / f"done{rank}").read_text().split() == [name for name in FAMILIES for _ in range(2)]
+
+
+STRATEGIES = {
+    "ddp": lambda: LongContextDDPStrategy(sequence_parallel_size=2),
+    "fsdp2": lambda: LongContextFSDP2Strategy(sequence_parallel_size=2),
+    "tied": lambda: LongContextFSDP2Strategy(sequence_parallel_size=2),
+}
+STEPS = 20
+
+
+class Module(LongRoPEModule):
+    """Notes the losses, the factors a search has found and how much of a weight lies here."""
+
+    def configure_model(self):
+        torch.manual_seed(0)
+        super().configure_model()
+
+    def on_train_start(self):
+        self.losses = []
+        weight = self.model.model.layers[0].mlp.up_proj.weight
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        self.share = local.numel() / (LLAMA["hidden_size"] * LLAMA["intermediate_size"])
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(float(self.trainer.callback_metrics["train_loss"]))
+        return loss
+
+
+def data(folder, batch_size):
+    return PackedTextDataModule(
+        files=[str(folder / "text.jsonl")], val_share=0.2, test_share=0.0, tokenizer=str(folder / "tokenizer"),
+        seq_len=64, batch_size=batch_size, packing="best_fit", cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+
+
+def fit(folder, name, out, **trainer):
+    """Searches, trains for 20 batches and measures; what came of it."""
+    search = FactorSearch(
+        documents=3, held_out=2, algorithm=RampSearch(max_evaluations=8), objective="perplexity", batch_tokens=128
+    )
+    measures = [PerplexityByLength(lengths=[32, 64], documents=5), PasskeyRetrieval(lengths=[140], depths=2, trials=2)]
+    tied = {"tie_word_embeddings": True} if name == "tied" else {}
+    module = Module(
+        config={**LLAMA, "vocab_size": 720, **tied},
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.2),
+        schedule=Schedule(warmup_steps=0),
+        gradient_checkpointing=True,
+    )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    runner = Trainer(
+        default_root_dir=out, callbacks=[search, *measures], max_steps=STEPS // 2, accumulate_grad_batches=2,
+        gradient_clip_val=0.5, enable_checkpointing=False, num_sanity_val_steps=0, **quiet, **trainer,
+    )  # fmt: skip
+    runner.fit(module, datamodule=data(folder, 4 // (runner.world_size // 2 or 1)))
+    runner.validate(module, datamodule=data(folder, 4 // (runner.world_size // 2 or 1)), verbose=False)
+    return {
+        "losses": module.losses,
+        "scores": [row["score"] for row in search.result.history],
+        "held_out": search.result.held_out.score,
+        "val_perplexity": float(runner.callback_metrics["val_perplexity"]),
+        "measured": [found.value for measure in measures for found in measure.results],
+        "share": module.share,
+        "rows": runner.strategy.distributed_sampler_kwargs if runner.world_size > 1 else None,
+    }
+
+
+def fit_with_every_strategy(folder):
+    for name, strategy in STRATEGIES.items():
+        found = fit(folder, name, folder / name, devices=4, strategy=strategy())
+        (folder / f"{name}{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fits")
+    byte_level().save_pretrained(folder / "tokenizer")
+    lines = TEXT.split("\n")
+    texts = ["\n".join(lines[start : start + 1 + start % 5]) for start in range(len(lines))]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    alone = {name: fit(folder, name, folder / f"{name}-alone", devices=1) for name in ("ddp", "tied")}
+    with suppress(AssertionError):  # each test says what its strategy came to
+        run_ranks(4, fit_with_every_strategy, folder, logs=folder / "logs", timeout=200)
+    return folder, {**alone, "fsdp2": alone["ddp"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_by_two_ranks_search_train_and_measure_as_one_process_does(fits, name):
+    folder, alone = fits[0], fits[1][name]
+    assert len(alone["losses"]) == STEPS
+    assert alone["losses"][-1] < alone["losses"][0] - 0.1
+    for rank in range(4):
+        path = folder / f"{name}{rank}.json"
+        assert path.exists(), (folder / "logs" / f"rank{rank}.log").read_text()[-4000:]
+        found = json.loads(path.read_text())
+        assert found["rows"] == {"num_replicas": 2, "rank": rank // 2}
+        assert found["share"] == (1.0 if name == "ddp" else 0.25)
+        for key in ("losses", "scores", "held_out", "val_perplexity", "measured"):
+            assert found[key] == pytest.approx(alone[key], rel=1e-5), key
