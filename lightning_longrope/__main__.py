@@ -13,6 +13,7 @@ longrope: a context window up to 2,048k tokens for any RoPE language model
   longrope eval -c CONFIG        evaluation callbacks and lm-eval tasks on a checkpoint, folder or Hugging Face model
   longrope tokenize -c CONFIG    text to tokens, once, with many processes; --verify STORE reads a store again
   longrope export RUN OUT        a Hugging Face folder from a checkpoint or run
+  longrope generate              an answer to a prompt, as it is written: --model FOLDER --prompt-file F
   longrope report RUN            one self-contained report.html with figures and tables; several runs side by side
 
   longrope COMMAND --help        every option of a command

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import is_flash_attn_2_available
 
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
+from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
 from lightning_longrope.isolation import Stretches, isolated_documents
 from lightning_longrope.rotary import RescaledRotary
@@ -52,9 +53,9 @@ def install_factors(model: PreTrainedModel, factors: RescaleFactors | LengthTabl
     """Puts rescale factors into a model, in place of any it has, and proves that its logits changed.
 
     Identity factors put the model's own rotary module back, so its logits are those of the pretrained model bit for
-    bit. Of several tables each row of a batch is read with the one for its length; see ``RescaledRotary``. Weights, the
-    config, training mode and random state are not touched. Where the model cannot run yet (weights on the meta device
-    or partitioned by ZeRO stage 3) the proof is left out.
+    bit. Of several tables each row of a batch is read with the one for its length (see ``RescaledRotary``), in
+    ``model.generate`` too. Weights, the config, training mode and random state are not touched. Where the model cannot
+    run yet (weights on the meta device or partitioned by ZeRO stage 3) the proof is left out.
 
     Args:
         model: Any Hugging Face causal language model with one rotary module.
@@ -79,6 +80,7 @@ def install_factors(model: PreTrainedModel, factors: RescaleFactors | LengthTabl
         decoder.rotary_emb = current
         raise
     model.length_tables = installed
+    follow_tables(model)
 
 
 def installed_tables(model: PreTrainedModel) -> LengthTables | None:

@@ -16,7 +16,7 @@ FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
     | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory", "memory"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
-    | {"reporting", "isolation", "layers", "sequence_parallel"},
+    | {"generating", "reporting", "isolation", "layers", "sequence_parallel"},
     {"module", "datamodules", "callbacks", "harness", "tracking", "strategies"},
     {"export", "recipes"},
     {"cli"},
