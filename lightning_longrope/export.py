@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
+from lightning_longrope.lora import merged_weights
 from lightning_longrope.model import (
     PRETRAINED_ROPE,
     candidate_rows,
+    install_factors,
     installed_factors,
     installed_tables,
     probe_logits,
@@ -46,8 +48,8 @@ def export_model(
 
     The config has the rope type ``longrope`` and ``max_position_embeddings`` is the target length exactly, from which
     vLLM derives the ratio. ``rescale_factors.json`` next to it lets ``load_model`` restore the exact table. A model
-    with identity factors, or none, is written with its own config. Nothing half-written is left behind, and the model
-    passed in stays as it is.
+    with identity factors, or none, is written with its own config; adapters are merged, in a copy. Nothing
+    half-written is left behind, and the model passed in stays as it is.
 
     Args:
         model: The model, with its weights in one process.
@@ -65,7 +67,7 @@ def export_model(
         ValueError: If the factors have start tokens, the folder is in use, or the short table does not fit.
         RuntimeError: If the folder read back is not the model.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), _merged(model)
     _check_free(folder)
     factors = _expressible(model, drop_start_tokens, example)
     short = short or _short_table(model)
@@ -83,6 +85,18 @@ def export_model(
             factors.save(partial / FACTORS_FILE)
         _verify(partial, model, factors, short)
     return folder
+
+
+def _merged(model: Any) -> PreTrainedModel:
+    """The model without adapters that computes the same, a copy; one that never had any as it is."""
+    lora, tables = getattr(model, "lora", None), installed_tables(model)
+    if lora is None:
+        return model
+    plain = type(model)(copy.deepcopy(model.config)).to(model.dtype).eval()
+    plain.load_state_dict(merged_weights(model.state_dict(), lora))
+    if tables is not None:
+        install_factors(plain, tables)
+    return plain
 
 
 def _expressible(model: PreTrainedModel, drop_start_tokens: bool, example: Tensor | None) -> RescaleFactors | None:

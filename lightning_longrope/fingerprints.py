@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_longrope.lora import plain_name
 from lightning_longrope.objectives import SearchDocument
 
 _SAMPLES = 64  # values taken of every parameter
@@ -17,12 +18,15 @@ _SAMPLES = 64  # values taken of every parameter
 def model_digest(model: Any) -> str:
     """Short name of a model's config and weights, from a few values of every parameter.
 
-    The same however the weights are spread over processes (FSDP2, ZeRO stage 3), each parameter being gathered for a
-    moment; so every process must call it.
+    Adapters that change nothing yet do not count. The same however the weights are spread over processes (FSDP2, ZeRO
+    stage 3), each parameter being gathered for a moment; so every process must call it.
     """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode() + _sample(parameter).numpy().tobytes())
+    samples = {name: _sample(parameter) for name, parameter in model.named_parameters()}
+    idle = {name.replace(".lora_B.", ".lora_A.") for name in samples if ".lora_B." in name and not samples[name].any()}
+    for name, sample in samples.items():
+        if name.replace(".lora_B.", ".lora_A.") not in idle:
+            digest.update(plain_name(name).encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

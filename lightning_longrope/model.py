@@ -21,6 +21,7 @@ from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
 from lightning_longrope.isolation import Stretches, isolated_documents
+from lightning_longrope.lora import LoRA, merged_weights
 from lightning_longrope.rotary import RescaledRotary
 from lightning_longrope.sequence_parallel import sequence_group, shared_rows
 from lightning_longrope.tables import LengthTables
@@ -227,7 +228,9 @@ def probe_logits(model: PreTrainedModel, position_ids: Tensor) -> Tensor:
     input_ids = (torch.arange(position_ids.shape[1], device=device)[None] * 7919 + 1) % vocabulary
     modes = [(module, module.training) for module in model.modules()]
     flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
-    half = torch.autocast(device.type, torch.bfloat16) if flash and model.dtype == torch.float32 else nullcontext()
+    mixed = len({p.dtype for p in model.parameters()}) > 1  # adapters beside frozen half-precision weights
+    needed = mixed or (flash and model.dtype == torch.float32)
+    half = torch.autocast(device.type, torch.bfloat16) if needed else nullcontext()
     model.eval()
     try:
         with half:
@@ -331,7 +334,8 @@ def load_model(
     """A causal language model, with the rescale factors it was saved with installed.
 
     Args:
-        name_or_path: A Hugging Face folder or hub name, or a ``.ckpt`` file written by ``LongRoPEModule``.
+        name_or_path: A Hugging Face folder or hub name, or a ``.ckpt`` file written by ``LongRoPEModule``, whose
+            adapters (``lora``) are merged.
         config: Instead of a name: fields of a config, ``model_type`` among them, for a model with random weights.
         dtype: Type of the weights, ``"float32"``, ``"bfloat16"`` or ``"float16"``, or a torch dtype.
         attn_implementation: Attention kernel; ``"auto"`` takes FlashAttention 2 where it is installed, there is a CUDA
@@ -462,6 +466,8 @@ def _load_checkpoint(path: Path, how: dict[str, Any]) -> PreTrainedModel:
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(_WEIGHTS_PREFIX)
     }
+    if (adapters := checkpoint["longrope"].get("lora")) is not None:
+        weights = merged_weights(weights, LoRA(**adapters))
     model.load_state_dict(weights, strict=True)
     if (factors := checkpoint["longrope"]["factors"]) is not None:
         install_factors(model, LengthTables.from_dict(factors))

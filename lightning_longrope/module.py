@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import override
 
 from lightning_longrope.isolation import Stretches
 from lightning_longrope.layers import compile_decoder_layers, decoder_layers, scale_initial_weights, shard_weights
+from lightning_longrope.lora import LoRA, add_adapters
 from lightning_longrope.losses import chunked_nll, token_nll
 from lightning_longrope.memory import Memory, check_memory, save_memory
 from lightning_longrope.metrics import Perplexity
@@ -52,6 +54,7 @@ class LongRoPEModule(LightningModule):
         memory: Further savings of memory: layer inputs on the CPU, MLP in tiles.
         compile_layers: Compile each decoder layer for training steps; goes on without if no compiler is found.
         trust_remote_code: Let a hub model run its own code.
+        lora: Train low-rank adapters (and norms and embeddings) instead of all weights.
 
     Raises:
         ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, or a saving of memory has no effect.
@@ -70,6 +73,7 @@ class LongRoPEModule(LightningModule):
         memory: Memory = Memory(),  # noqa: B008 - frozen
         compile_layers: bool = False,
         trust_remote_code: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__()
         if (name_or_path is None) == (config is None):
@@ -89,6 +93,7 @@ class LongRoPEModule(LightningModule):
         self.memory = memory
         self.compile_layers = compile_layers
         self.trust_remote_code = trust_remote_code
+        self.lora = lora
         self.model: Any = None
         self.perplexity = Perplexity()
 
@@ -109,6 +114,8 @@ class LongRoPEModule(LightningModule):
         if self.factors is not None:
             files = [self.factors] if isinstance(self.factors, str) else self.factors
             install_factors(self.model, LengthTables.load(*files))
+        if self.lora is not None:
+            self._add_adapters(self.lora)
         save_memory(self.model, decoder_layers(self.model), self.gradient_checkpointing, self.memory)
         if self.device_mesh is not None:
             shard_weights(self.model, self.device_mesh["data_parallel"])
@@ -117,6 +124,14 @@ class LongRoPEModule(LightningModule):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         with float32_rotary(self):  # `.to(bfloat16)` and the like come by here
             return super()._apply(fn, recurse)
+
+    def _add_adapters(self, lora: LoRA) -> None:
+        if self._trainer is not None and self.trainer.precision == "32-true" and self.model.dtype != torch.float32:
+            raise ValueError(
+                f"`lora` trains float32 weights beside those of dtype={self.dtype_name!r}, and `trainer.precision` is"
+                " 32-true: set it to bf16-mixed, or `dtype` to float32."
+            )
+        add_adapters(self.model, lora)
 
     @override
     def on_fit_start(self) -> None:
@@ -189,15 +204,16 @@ class LongRoPEModule(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters in two groups: the matrices of the layers, marked ``matrices``, and all others."""
+        """Trainable parameters: the matrices of the layers, adapters too, marked ``matrices``, and all others."""
         layers = decoder_layers(self.model)
         # ZeRO stage 3 leaves empty tensors that know the shape they came from
         inside = {id(p) for p in layers.parameters() if len(getattr(p, "ds_shape", p.shape)) == 2}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trainable if id(p) in inside], "matrices": True},
-            {"params": [p for p in trainable if id(p) not in inside], "matrices": False},
+        groups = [
+            {"params": [p for p in trainable if (id(p) in inside) == matrices], "matrices": matrices}
+            for matrices in (True, False)
         ]
+        return [group for group in groups if group["params"]]
 
     @override
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
@@ -211,10 +227,20 @@ class LongRoPEModule(LightningModule):
         checkpoint["longrope"] = {
             "config": self.model.config.to_dict(),
             "factors": tables.to_dict() if tables else None,
+            "lora": asdict(self.lora) if self.lora else None,
         }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("longrope", {}).get("factors")
-        if saved is not None:
-            install_factors(self.model, LengthTables.from_dict(saved))
+        saved = checkpoint.get("longrope", {})
+        self._check_same_adapters(saved.get("lora"))
+        if saved.get("factors") is not None:
+            install_factors(self.model, LengthTables.from_dict(saved["factors"]))
+
+    def _check_same_adapters(self, saved: dict[str, Any] | None) -> None:
+        earlier = LoRA(**saved) if saved else None
+        if not (self.lora == earlier or (self.lora and self.lora.same_model(earlier))):
+            raise ValueError(
+                f"The checkpoint was trained with lora={earlier}, but the model has lora={self.lora}. Resume it with"
+                " the same, or give it as `name_or_path` to start from its merged weights."
+            )
