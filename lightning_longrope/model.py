@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
+from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
@@ -46,8 +48,6 @@ __all__ = [
 
 PRETRAINED_ROPE = "pretrained_rope"
 """Key of an exported config.json that keeps the rotary fields the model had before it was extended."""
-
-_WEIGHTS_PREFIX = "model."  # of a LongRoPEModule's weights in its checkpoints
 
 
 def install_factors(model: PreTrainedModel, factors: RescaleFactors | LengthTables | Iterable[RescaleFactors]) -> None:
@@ -334,8 +334,8 @@ def load_model(
     """A causal language model, with the rescale factors it was saved with installed.
 
     Args:
-        name_or_path: A Hugging Face folder or hub name, or a ``.ckpt`` file written by ``LongRoPEModule``, whose
-            adapters (``lora``) are merged.
+        name_or_path: A Hugging Face folder or hub name, or a checkpoint of ``LongRoPEModule``, whose adapters (``lora``)
+            are merged: a ``.ckpt`` file, or the folder that DeepSpeed or FSDP2 writes.
         config: Instead of a name: fields of a config, ``model_type`` among them, for a model with random weights.
         dtype: Type of the weights, ``"float32"``, ``"bfloat16"`` or ``"float16"``, or a torch dtype.
         attn_implementation: Attention kernel; ``"auto"`` takes FlashAttention 2 where it is installed, there is a CUDA
@@ -355,7 +355,7 @@ def load_model(
     if config is not None:
         return AutoModelForCausalLM.from_config(_config_of(config), **how)
     path = Path(str(name_or_path))
-    if path.suffix == ".ckpt":
+    if is_checkpoint(path):
         return _load_checkpoint(path, how)
     try:
         if (path / FACTORS_FILE).is_file():
@@ -371,7 +371,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If there is none.
     """
-    near = find_tokenizer(Path(name_or_path)) if str(name_or_path).endswith(".ckpt") else None
+    near = find_tokenizer(Path(name_or_path)) if is_checkpoint(Path(name_or_path)) else None
     try:
         return AutoTokenizer.from_pretrained(near or str(name_or_path))
     except (OSError, ValueError) as error:
@@ -451,24 +451,16 @@ def _undo_rescaling(config: Any) -> None:
 
 def _load_checkpoint(path: Path, how: dict[str, Any]) -> PreTrainedModel:
     """The model of a checkpoint written by ``LongRoPEModule``."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a sharded checkpoint: consolidate it into one file first.")
-    if not path.is_file():
-        raise ValueError(f"No checkpoint at {path}.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if "longrope" not in checkpoint:
-        raise ValueError(f"{path} was not written by LongRoPEModule: it has no `longrope` entry.")
-    entries = dict(checkpoint["longrope"]["config"])
+    saved, weights = read_checkpoint(path)
+    entries = dict(saved["config"])
     config = AutoConfig.for_model(entries.pop("model_type"), **entries)
-    model = AutoModelForCausalLM.from_config(config, **how)
-    weights = {
-        name.removeprefix(_WEIGHTS_PREFIX): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(_WEIGHTS_PREFIX)
-    }
-    if (adapters := checkpoint["longrope"].get("lora")) is not None:
+    if (adapters := saved.get("lora")) is not None:
         weights = merged_weights(weights, LoRA(**adapters))
-    model.load_state_dict(weights, strict=True)
-    if (factors := checkpoint["longrope"]["factors"]) is not None:
-        install_factors(model, LengthTables.from_dict(factors))
+    if is_deepspeed_zero3_enabled():  # which takes weights while it partitions the model
+        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=weights, **how)
+    else:
+        model = AutoModelForCausalLM.from_config(config, **how)
+        model.load_state_dict(weights, strict=True)
+    if saved["factors"] is not None:
+        install_factors(model, LengthTables.from_dict(saved["factors"]))
     return model.eval()

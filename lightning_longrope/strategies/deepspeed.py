@@ -6,6 +6,8 @@ and takes half an hour to notice that a peer is gone.
 """
 
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,11 +19,22 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Muon, Optimizer
 from typing_extensions import override
 
+from lightning_longrope.checkpoints import (
+    choose_accelerator,
+    convert_to_universal,
+    is_deepspeed,
+    saved_ranks,
+    saved_stages,
+    universal_groups,
+)
+from lightning_longrope.files import write_text
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.optimizers import MuonAdamW
 from lightning_longrope.rotary import float32_rotary
@@ -69,8 +82,7 @@ class LongContextDeepSpeedStrategy(DeepSpeedStrategy):
         **kwargs: Any,
     ) -> None:
         _check(stage, offload_optimizer, offload_parameters, nvme_path)
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found nothing better
+        choose_accelerator()
         if nvme_path is not None:
             kwargs |= {"nvme_path": nvme_path, "offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
         super().__init__(
@@ -164,11 +176,10 @@ class LongContextDeepSpeedStrategy(DeepSpeedStrategy):
     @override
     def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
         optimizer, schedule = super()._init_optimizers()
-        stage = self.config["zero_optimization"].get("stage", 0) if self.config else 0
-        if stage and isinstance(optimizer, (Muon, MuonAdamW)):
+        if self._stage and isinstance(optimizer, (Muon, MuonAdamW)):
             raise ValueError(
-                f"{type(optimizer).__name__} needs whole matrices, and ZeRO stage {stage} cuts them into flat pieces:"
-                " take AdamW, or another strategy."
+                f"{type(optimizer).__name__} needs whole matrices, and ZeRO stage {self._stage} cuts them into flat"
+                " pieces: take AdamW, or another strategy."
             )
         return optimizer, schedule
 
@@ -178,12 +189,108 @@ class LongContextDeepSpeedStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False, **kwargs})
 
     @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Saves a folder that takes the place of an earlier one only when it is whole."""
+        path = Path(self.broadcast(filepath))
+        if self._own_config and self.config and self.config.get("checkpoint", {}).get("use_node_local_storage"):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        partial, replaced = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
+        if self.is_global_zero:
+            _remove(partial)
+        self.barrier()
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            _remove(replaced)
+            if path.exists():  # shards of more ranks would stay in it
+                path.rename(replaced)
+            partial.rename(path)
+            _remove(replaced)
+        self.barrier()
+
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restores what DeepSpeed has saved; optimizer states are cut anew for another number of ranks."""
+        path = Path(self.broadcast(checkpoint_path))
+        if self.load_full_weights and self.zero_stage_3:
+            return super().load_checkpoint(path, weights_only)
+        self._check_resumable(path)
         engine_optimizer = getattr(self.model, "optimizer", None)
         if self.zero_stage_3 and not hasattr(engine_optimizer, "_restore_from_bit16_weights"):
             # asked for by DeepSpeed after weights were read without an optimizer, which has nothing to restore then
             engine_optimizer._restore_from_bit16_weights = lambda: None  # type: ignore[union-attr]
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        assert self.lightning_module is not None
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and saved_ranks(path) not in (0, self.world_size):
+            with self._for_any_ranks(path) as folder:
+                client_state = super().load_checkpoint(folder, weights_only)
+                self._mend_optimizer(folder)
+                return client_state
+        return super().load_checkpoint(path, weights_only)
+
+    def _check_resumable(self, path: Path) -> None:
+        """Refuses checkpoints of other kinds with a remedy."""
+        remedy = "to go on from its weights alone, give it as `model.name_or_path`"
+        if not is_deepspeed(path):
+            raise ValueError(f"{path} is no folder that DeepSpeed has written: {remedy}.")
+        if self._stage not in saved_stages(path):
+            stages = " or ".join(map(str, saved_stages(path)))
+            raise ValueError(
+                f"{path} was saved under ZeRO stage {stages}, not {self._stage}: set `stage`, or {remedy}."
+            )
+
+    @property
+    def _stage(self) -> int:
+        return int((self.config or {}).get("zero_optimization", {}).get("stage", 0))
+
+    def _mend_optimizer(self, folder: Path) -> None:
+        """Gives every group its own settings and step count: DeepSpeed gives all those of the first under stage 3."""
+        optimizer = self.deepspeed_engine.optimizer.optimizer
+        for group, saved in zip(optimizer.param_groups, universal_groups(folder / "checkpoint"), strict=True):
+            group |= {name: value for name, value in saved.items() if name != "params"}
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+    @contextmanager
+    def _for_any_ranks(self, path: Path) -> Iterator[Path]:
+        """DeepSpeed's universal form of a checkpoint, beside it for as long as the context lasts."""
+        rank_zero_info(f"{path} was saved by {saved_ranks(path)} ranks: converting it for {self.world_size}.")
+        folder = path.with_name(f"{path.name}.universal")
+        outcome = folder / "outcome"
+        if self.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.barrier()
+        if self.is_global_zero:
+            write_text(outcome, convert_to_universal(path, folder / "checkpoint"))
+        while not outcome.exists():  # for longer than a collective may take
+            time.sleep(0.2)
+        if failure := outcome.read_text(encoding="utf-8"):
+            raise ValueError(
+                f"{path} was saved by {saved_ranks(path)} ranks and cannot be resumed by {self.world_size}: DeepSpeed"
+                f" converts the states of Adam optimizers only ({failure}). Resume it with as many ranks, or give it as"
+                " `model.name_or_path` to go on from its weights."
+            )
+        engine = self.deepspeed_engine
+        engine._config.load_universal_checkpoint = True
+        try:
+            yield folder
+        finally:
+            engine._config.load_universal_checkpoint = False
+            self.barrier()
+            if self.is_global_zero:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _check(stage: int, offload_optimizer: bool, offload_parameters: bool, nvme_path: str | None) -> None:

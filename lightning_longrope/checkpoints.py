@@ -1,0 +1,180 @@
+"""Checkpoints of a ``LongRoPEModule`` as one state dict on the CPU, whichever strategy has written them.
+
+One file (DDP, one device), a DeepSpeed folder (ZeRO 0 to 3, any number of ranks) or a distributed checkpoint of torch
+(FSDP2). Nothing in a file is run: what is no tensor, number, text or collection of these is refused, but for a few
+known classes of DeepSpeed and torch.
+"""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from typing_extensions import override
+
+_WEIGHTS_PREFIX = "model."  # of the model inside a LongRoPEModule
+_DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+_TORCH = {
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "torch.Size",
+    "torch.serialization._get_layout",
+}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is, or by its name should be, a checkpoint and no model folder."""
+    return path.suffix == ".ckpt" or is_deepspeed(path) or _is_distributed(path)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint written by ``LongRoPEModule`` holds of its model.
+
+    Args:
+        path: A ``.ckpt`` file, or the folder that DeepSpeed or FSDP2 has written in its place.
+
+    Returns:
+        The ``longrope`` entry (``config`` and ``factors``), and the weights by their names in the model: the float32
+        masters where ZeRO keeps such, else as they were trained.
+
+    Raises:
+        ValueError: If there is no such checkpoint, another module has written it, or it is not whole or not safe.
+    """
+    if is_deepspeed(path):
+        extra, weights = _read_deepspeed(path)
+    elif _is_distributed(path):
+        extra, weights = _load(path / "meta.pt"), _read_distributed(path)
+    elif path.is_file():
+        extra = _load(path)
+        weights = extra["state_dict"]
+    else:
+        raise ValueError(f"No checkpoint at {path}: expected a file, or a folder written by DeepSpeed or FSDP2.")
+    if "longrope" not in extra:
+        raise ValueError(f"{path} was not written by LongRoPEModule: it has no `longrope` entry.")
+    return extra["longrope"], {
+        name.removeprefix(_WEIGHTS_PREFIX): tensor
+        for name, tensor in weights.items()
+        if name.startswith(_WEIGHTS_PREFIX)
+    }
+
+
+def saved_ranks(path: Path) -> int:
+    """Over how many ranks the optimizer states of a DeepSpeed folder are partitioned; 0 if they are not."""
+    return len(list(_tag_folder(path).glob("*_optim_states.pt")))
+
+
+def saved_stages(path: Path) -> tuple[int, ...]:
+    """The ZeRO stages under which a DeepSpeed folder can be resumed."""
+    if not (_tag_folder(path) / "mp_rank_00_model_states.pt").is_file():
+        return (3,)
+    return (1, 2) if saved_ranks(path) else (0,)
+
+
+def convert_to_universal(path: Path, folder: Path) -> str:
+    """Writes a DeepSpeed folder in the form that any number of ranks can resume from, in a process of its own.
+
+    Args:
+        path: The checkpoint.
+        folder: Folder to write, named like the tag it stands for.
+
+    Returns:
+        The last line of what went wrong; empty if nothing did.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(_tag_folder(path)), "--output_folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+
+
+def universal_groups(folder: Path) -> list[dict[str, Any]]:
+    """Settings of every group of an optimizer, from the folder that ``convert_to_universal`` has written."""
+    state = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False, mmap=True)
+    return list(state["param_groups"])
+
+
+def choose_accelerator() -> None:
+    """Tells DeepSpeed, before it is imported, to take the processor where there is no GPU: else it warns."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Whether a path is a folder that DeepSpeed has written."""
+    return (path / "latest").is_file()
+
+
+def _tag_folder(path: Path) -> Path:
+    return path / (path / "latest").read_text(encoding="utf-8").strip()
+
+
+def _is_distributed(path: Path) -> bool:
+    return (path / ".metadata").is_file()
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _read_deepspeed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What Lightning has saved beside the weights of a DeepSpeed folder, and the weights."""
+    folder = _tag_folder(path)
+    models = sorted(folder.glob("*_model_states.pt"))
+    if not models:
+        raise ValueError(f"{path} is not whole: it has no *_model_states.pt in {folder.name}.")
+    extra = _load(models[0])
+    shards = sorted(folder.glob("*_optim_states.pt"))
+    if not shards:  # stage 0
+        return extra, extra["module"]
+    for file in (*models, *shards):
+        unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _DEEPSPEED
+        if unknown:
+            raise ValueError(f"{file} holds objects that are not safe to read: {', '.join(sorted(unknown))}.")
+    choose_accelerator()
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is a DeepSpeed checkpoint, which needs DeepSpeed: pip install lightning-longrope[deepspeed]."
+        ) from error
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints
+            # unpickles without restrictions, hence the check above
+            return extra, get_fp32_state_dict_from_zero_checkpoint(str(path), tag=folder.name)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path} is not whole: {error}") from error
+
+
+def _read_distributed(path: Path) -> dict[str, Tensor]:
+    """The weights of a distributed checkpoint of torch, without its optimizer states."""
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    with (path / ".metadata").open("rb") as index:
+        _Index(index).load()  # torch unpickles it without restrictions
+    loaded: dict[str, Any] = {}
+    planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
+    _load_state_dict(loaded, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+    return dict(loaded["state_dict"])
+
+
+class _Index(pickle.Unpickler):
+    """Unpickles what describes tensors, and refuses anything else."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        known = module.startswith("torch.distributed.checkpoint.") or f"{module}.{name}" in _TORCH
+        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            raise ValueError(f"The checkpoint's index holds an object that is not safe to read: {module}.{name}.")
+        return super().find_class(module, name)
