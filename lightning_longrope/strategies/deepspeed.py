@@ -37,66 +37,15 @@ from lightning_longrope.checkpoints import (
 from lightning_longrope.files import write_text
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.optimizers import MuonAdamW
-from lightning_longrope.rotary import float32_rotary
+from lightning_longrope.strategies.sequence_parallel import SequenceParallel
 
 _SMALLEST_BUCKET = 2**20  # elements; below that, messages cost more than what they carry
-_UNCHOSEN = {
-    "reduce_bucket_size": 2 * 10**8,
-    "allgather_bucket_size": 2 * 10**8,
-    "sub_group_size": 10**12,
-}  # Lightning's
+# Lightning's defaults, which count as not chosen
+_UNCHOSEN = {"reduce_bucket_size": 2 * 10**8, "allgather_bucket_size": 2 * 10**8, "sub_group_size": 10**12}
 
 
-class LongContextDeepSpeedStrategy(DeepSpeedStrategy):
-    """ZeRO for long contexts, on GPUs and on processors, as ``strategy`` of a Trainer or by name in a configuration.
-
-    Buckets follow the model's hidden size h: h x h elements are reduced and gathered at once, and under stage 3 weights
-    of at most 10 h elements stay whole on every rank. Optimizers of torch are used as they are, offloaded too, so
-    nothing is compiled. Under stage 3 a pretrained model is partitioned while it is read: no rank holds all of it.
-
-    It does not offload activations, and does not tune itself to the memory there is.
-
-    Args:
-        stage: What is partitioned over the ranks: 1 optimizer states, 2 gradients too, 3 weights too, 0 nothing.
-        offload_optimizer: Keep optimizer states in the processor's memory, and step there; stages 1 to 3.
-        offload_parameters: Keep partitioned weights in the processor's memory; stage 3.
-        nvme_path: Folder on a fast disk that takes what is offloaded, instead of memory; stage 3, Linux with libaio.
-        zero: Further entries of DeepSpeed's ``zero_optimization``, such as ``stage3_param_persistence_threshold``;
-            they win over everything else.
-        timeout: How long a rank waits for the others before it gives up.
-        kwargs: Arguments of Lightning's ``DeepSpeedStrategy``. With its ``config``, a DeepSpeed configuration or a path
-            to one, that configuration is taken instead of the arguments above, except ``zero`` and ``timeout``.
-
-    Raises:
-        ValueError: If arguments contradict each other.
-    """
-
-    def __init__(
-        self,
-        stage: int = 2,
-        offload_optimizer: bool = False,
-        offload_parameters: bool = False,
-        nvme_path: str | None = None,
-        zero: dict[str, Any] | None = None,
-        timeout: timedelta = timedelta(minutes=10),
-        **kwargs: Any,
-    ) -> None:
-        _check(stage, offload_optimizer, offload_parameters, nvme_path)
-        choose_accelerator()
-        if nvme_path is not None:
-            kwargs |= {"nvme_path": nvme_path, "offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
-        super().__init__(
-            stage=stage,
-            offload_optimizer=offload_optimizer,
-            offload_parameters=offload_parameters,
-            timeout=timeout,
-            **kwargs,
-        )
-        self._own_config = kwargs.get("config") is not None or self.DEEPSPEED_ENV_VAR in os.environ
-        assert isinstance(self.config, dict)
-        self.config.setdefault("zero_allow_untested_optimizer", True)
-        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
-        self.config["zero_optimization"] = {**self.config.get("zero_optimization", {}), **(zero or {})}
+class _OnProcessorsToo(DeepSpeedStrategy):
+    """Lightning's strategy where there is no GPU as well: over gloo, and without compiling anything."""
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
@@ -129,6 +78,61 @@ class LongContextDeepSpeedStrategy(DeepSpeedStrategy):
             vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
         super()._init_deepspeed_distributed()
 
+
+class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
+    """ZeRO for long contexts, on GPUs and on processors, as ``strategy`` of a Trainer or by name in a configuration.
+
+    Buckets follow the model's hidden size h: h x h elements are reduced and gathered at once, and under stage 3 weights
+    of at most 10 h elements stay whole on every rank. Optimizers of torch are used as they are, offloaded too, so
+    nothing is compiled. Under stage 3 a pretrained model is partitioned while it is read: no rank holds all of it.
+
+    It does not offload activations, and does not tune itself to the memory there is.
+
+    Args:
+        stage: What is partitioned over the ranks: 1 optimizer states, 2 gradients too, 3 weights too, 0 nothing.
+        offload_optimizer: Keep optimizer states in the processor's memory, and step there; stages 1 to 3.
+        offload_parameters: Keep partitioned weights in the processor's memory; stage 3.
+        nvme_path: Folder on a fast disk that takes what is offloaded, instead of memory; stage 3, Linux with libaio.
+        zero: Further entries of DeepSpeed's ``zero_optimization``, such as ``stage3_param_persistence_threshold``;
+            they win over everything else.
+        sequence_parallel_size: Ranks that share the tokens of a row. ZeRO partitions over all ranks all the same.
+        timeout: After so long without an answer of the other ranks a run ends.
+        kwargs: Arguments of Lightning's ``DeepSpeedStrategy``. With its ``config``, a DeepSpeed configuration or a path
+            to one, that configuration is taken instead of the arguments above, except ``zero`` and ``timeout``.
+
+    Raises:
+        ValueError: If arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        stage: int = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        nvme_path: str | None = None,
+        zero: dict[str, Any] | None = None,
+        sequence_parallel_size: int = 1,
+        timeout: timedelta = timedelta(minutes=10),
+        **kwargs: Any,
+    ) -> None:
+        _check(stage, offload_optimizer, offload_parameters, nvme_path)
+        choose_accelerator()
+        if nvme_path is not None:
+            kwargs |= {"nvme_path": nvme_path, "offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            sequence_parallel_size=sequence_parallel_size,
+            timeout=timeout,
+            **kwargs,
+        )
+        self._own_config = kwargs.get("config") is not None or self.DEEPSPEED_ENV_VAR in os.environ
+        assert isinstance(self.config, dict)
+        self.config.setdefault("zero_allow_untested_optimizer", True)
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        self.config["zero_optimization"] = {**self.config.get("zero_optimization", {}), **(zero or {})}
+
     @contextmanager
     @override
     def model_sharded_context(self) -> Iterator[None]:
@@ -155,8 +159,7 @@ class LongContextDeepSpeedStrategy(DeepSpeedStrategy):
     def setup(self, trainer: Trainer) -> None:
         assert self.model is not None
         self._size_buckets(self.model)
-        with float32_rotary(self.model):
-            super().setup(trainer)
+        super().setup(trainer)
 
     def _size_buckets(self, module: torch.nn.Module) -> None:
         """Writes sizes that fit the model into the configuration, where its author has not chosen others."""

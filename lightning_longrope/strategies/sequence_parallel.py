@@ -53,7 +53,14 @@ class SequenceParallel(ParallelStrategy):
                 " change it, or the devices and nodes of the trainer."
             )
         if size > 1:
-            self.sequence_group = SequenceGroup(_own_group(self.world_size, self.global_rank, size))
+            self.sequence_group = SequenceGroup(self._own_group())
+
+    def _own_group(self) -> torch.distributed.ProcessGroup:
+        """This rank's group; every rank makes all of them."""
+        size, timeout = self.sequence_parallel_size, getattr(self, "_timeout", None)
+        starts = range(0, self.world_size, size)
+        groups = [torch.distributed.new_group(list(range(first, first + size)), timeout) for first in starts]
+        return groups[self.global_rank // size]
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -67,12 +74,6 @@ class SequenceParallel(ParallelStrategy):
         if self.sequence_parallel_size > 1 and model is not None:
             model.sequence_group = ALONE
         super().teardown()
-
-
-def _own_group(world_size: int, rank: int, size: int) -> torch.distributed.ProcessGroup:
-    """This rank's group; every rank makes all of them."""
-    groups = [torch.distributed.new_group(list(range(first, first + size))) for first in range(0, world_size, size)]
-    return groups[rank // size]
 
 
 def _model_of(module: LightningModule | None) -> Any:
