@@ -334,7 +334,7 @@ def load_model(
     """A causal language model, with the rescale factors it was saved with installed.
 
     Args:
-        name_or_path: A Hugging Face folder or hub name, or a checkpoint of ``LongRoPEModule``, whose adapters (``lora``)
+        name_or_path: A Hugging Face folder or hub name, or a checkpoint of ``LongRoPEModule``, whose ``lora`` adapters
             are merged: a ``.ckpt`` file, or the folder that DeepSpeed or FSDP2 writes.
         config: Instead of a name: fields of a config, ``model_type`` among them, for a model with random weights.
         dtype: Type of the weights, ``"float32"``, ``"bfloat16"`` or ``"float16"``, or a torch dtype.

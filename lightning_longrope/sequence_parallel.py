@@ -357,8 +357,8 @@ def _prove(model: PreTrainedModel, group: SequenceGroup) -> None:
     weight = model.get_input_embeddings().weight
     if weight.is_meta:
         return
-    length = 4 * group.size - 1
-    tokens = (torch.arange(2 * length, device=weight.device).view(2, length) * 7919 + 1) % weight.shape[0]
+    length, vocabulary = 4 * group.size - 1, getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO stage 3 empties it
+    tokens = (torch.arange(2 * length, device=weight.device).view(2, length) * 7919 + 1) % vocabulary
     modes = [(module, module.training) for module in model.modules()]
     half = torch.autocast(weight.device.type, torch.bfloat16) if _wants_half(model) else nullcontext()
     model.eval()

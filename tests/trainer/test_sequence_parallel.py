@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from helpers import LLAMA
 from lightning.pytorch import Trainer
-from processes import run_ranks
+from processes import PARTITIONED, run_ranks
 from small_tokenizers import TEXT, byte_level
 
 from lightning_longrope import LongRoPEModule
@@ -24,7 +24,7 @@ from lightning_longrope.optimizers import Schedule
 from lightning_longrope.scoring import continuation_scores, greedy_matches, token_nll
 from lightning_longrope.search import RampSearch
 from lightning_longrope.sequence_parallel import SequenceGroup, share_rows
-from lightning_longrope.strategies import LongContextDDPStrategy, LongContextFSDP2Strategy
+from lightning_longrope.strategies import LongContextDDPStrategy, LongContextDeepSpeedStrategy, LongContextFSDP2Strategy
 
 pytestmark = pytest.mark.distributed
 LONGROPE = {
@@ -136,6 +136,8 @@ STRATEGIES = {
     "ddp": lambda: LongContextDDPStrategy(sequence_parallel_size=2),
     "fsdp2": lambda: LongContextFSDP2Strategy(sequence_parallel_size=2),
     "tied": lambda: LongContextFSDP2Strategy(sequence_parallel_size=2),
+    "zero2": lambda: LongContextDeepSpeedStrategy(stage=2, sequence_parallel_size=2),
+    "zero3": lambda: LongContextDeepSpeedStrategy(stage=3, sequence_parallel_size=2, zero=PARTITIONED),
 }
 STEPS = 20
 
@@ -213,7 +215,7 @@ def fits(tmp_path_factory):
     alone = {name: fit(folder, name, folder / f"{name}-alone", devices=1) for name in ("ddp", "tied")}
     with suppress(AssertionError):  # each test says what its strategy came to
         run_ranks(4, fit_with_every_strategy, folder, logs=folder / "logs", timeout=200)
-    return folder, {**alone, "fsdp2": alone["ddp"]}
+    return folder, {name: alone["tied" if name == "tied" else "ddp"] for name in STRATEGIES}
 
 
 @pytest.mark.slow
@@ -227,6 +229,6 @@ def test_two_by_two_ranks_search_train_and_measure_as_one_process_does(fits, nam
         assert path.exists(), (folder / "logs" / f"rank{rank}.log").read_text()[-4000:]
         found = json.loads(path.read_text())
         assert found["rows"] == {"num_replicas": 2, "rank": rank // 2}
-        assert found["share"] == (1.0 if name == "ddp" else 0.25)
+        assert found["share"] == {"ddp": 1.0, "zero2": 1.0, "zero3": 0.0}.get(name, 0.25)
         for key in ("losses", "scores", "held_out", "val_perplexity", "measured"):
             assert found[key] == pytest.approx(alone[key], rel=1e-5), key
