@@ -2,18 +2,17 @@
 
 import json
 import os
-import random
 from contextlib import suppress
 
 import pytest
 import torch
+from full_memory import fill_memory
 from helpers import LLAMA, random_loader, tiny_llama
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from processes import PARTITIONED, run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_longrope import LongRoPEModule, evaluating
+from lightning_longrope import LongRoPEModule
 from lightning_longrope.callbacks import FactorSearch
 from lightning_longrope.evaluating import ProcessWorkers
 from lightning_longrope.search import RampSearch
@@ -122,38 +121,15 @@ def fit(folder, devices, strategy="auto"):
     }
 
 
-class FullMemory(TorchDispatchMode):
-    """On rank 1, some operations on more than one row fail for lack of memory."""
-
-    failures = 0
-    draws = random.Random(0)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        real = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.ndim > 1 and not arg.is_meta]
-        rows = real[0].shape[0] if real and real[0].dtype == torch.float32 else 0
-        big = rows in (2, 2 * LENGTH) and func in (torch.ops.aten.mm.default, torch.ops.aten.mul.Tensor)
-        if big and os.environ["RANK"] == "1" and self.draws.random() < 0.02:
-            FullMemory.failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return func(*args, **(kwargs or {}))
-
-
 def fit_with_every_strategy(folder):
     for name in STRATEGIES:
         found = fit(folder / name, 2, strategy(name))
         (folder / f"{name}{os.environ['RANK']}.json").write_text(json.dumps(found))
-    attempt = evaluating.Evaluator._attempt
-
-    def attempt_in_full_memory(self, rows, tables):
-        with FullMemory():
-            self._most_rows = None  # so that it happens again and again
-            return attempt(self, rows, tables)
-
-    evaluating.Evaluator._attempt = attempt_in_full_memory
+    full = fill_memory(rank=1, sizes=(2, 2 * LENGTH))
     for name in FULL:
-        FullMemory.failures = 0
+        full.failures = 0
         found = fit(folder / f"full-{name}", 2, strategy(name))
-        found["failures"] = FullMemory.failures
+        found["failures"] = full.failures
         (folder / f"full-{name}{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

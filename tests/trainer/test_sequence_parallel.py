@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.distributed as dist
+from full_memory import fill_memory
 from helpers import LLAMA
 from lightning.pytorch import Trainer
 from processes import PARTITIONED, run_ranks
@@ -24,7 +25,11 @@ from lightning_longrope.optimizers import Schedule
 from lightning_longrope.scoring import continuation_scores, greedy_matches, token_nll
 from lightning_longrope.search import RampSearch
 from lightning_longrope.sequence_parallel import SequenceGroup, share_rows
-from lightning_longrope.strategies import LongContextDDPStrategy, LongContextDeepSpeedStrategy, LongContextFSDP2Strategy
+from lightning_longrope.strategies import (
+    LongContextDDPStrategy,
+    LongContextDeepSpeedStrategy,
+    LongContextFSDP2Strategy,
+)
 
 pytestmark = pytest.mark.distributed
 LONGROPE = {
@@ -39,7 +44,13 @@ FAMILIES = {
     "multi_head": {"num_key_value_heads": 4},
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "phi3": {"model_type": "phi3", "pad_token_id": 0, "max_position_embeddings": 192, "rope_parameters": LONGROPE},
+    "phi3": {
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "original_max_position_embeddings": 32,
+        "max_position_embeddings": 192,
+        "rope_parameters": LONGROPE,
+    },
     "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": None},
     "gemma2": {"model_type": "gemma2", "head_dim": 16, "sliding_window": 6, "attn_implementation": "eager"},
 }
@@ -122,7 +133,25 @@ def share_and_compare(folder):
         ),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    refuse(group)
     (folder / f"done{dist.get_rank()}").write_text(" ".join(done))
+
+
+def refuse(group):
+    """Models whose rows cannot be shared, each named by what stands in the way."""
+    FAMILIES["five_heads"] = {"hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5}
+    with pytest.raises(ValueError, match="must divide the 5 attention heads of the model: choose one of .5."):
+        share_rows(model_of("five_heads"), group)
+    flexible = model_of("llama")
+    flexible.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(ValueError, match="sdpa, eager or flash_attention_2, got 'flex_attention'"):
+        share_rows(flexible, group)
+    mixing = model_of("llama")
+    mixing.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output.roll(1, dims=1))
+    with pytest.raises(RuntimeError, match="it mixes tokens outside of its attention"):
+        share_rows(mixing, group)
+    tokens = rows()[0]
+    assert hidden_states(mixing, tokens).shape[1] == LENGTH  # whole, as before
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -135,10 +164,12 @@ def test_shared_rows_are_whole_rows(tmp_path, world_size):
 STRATEGIES = {
     "ddp": lambda: LongContextDDPStrategy(sequence_parallel_size=2),
     "fsdp2": lambda: LongContextFSDP2Strategy(sequence_parallel_size=2),
-    "tied": lambda: LongContextFSDP2Strategy(sequence_parallel_size=2),
+    "zero1": lambda: LongContextDeepSpeedStrategy(stage=1, sequence_parallel_size=2),
     "zero2": lambda: LongContextDeepSpeedStrategy(stage=2, sequence_parallel_size=2),
-    "zero3": lambda: LongContextDeepSpeedStrategy(stage=3, sequence_parallel_size=2, zero=PARTITIONED),
+    "zero3": lambda: LongContextDeepSpeedStrategy(stage=3, zero=PARTITIONED, sequence_parallel_size=2),
+    "tied": lambda: LongContextFSDP2Strategy(sequence_parallel_size=2),
 }
+FULL = ["ddp", "zero3"]  # strategies to try with one rank's memory full
 STEPS = 20
 
 
@@ -164,7 +195,7 @@ class Module(LongRoPEModule):
 def data(folder, batch_size):
     return PackedTextDataModule(
         files=[str(folder / "text.jsonl")], val_share=0.2, test_share=0.0, tokenizer=str(folder / "tokenizer"),
-        seq_len=64, batch_size=batch_size, packing="best_fit", cache_dir=str(folder / "cache"),
+        seq_len=63, batch_size=batch_size, packing="best_fit", cache_dir=str(folder / "cache"),
     )  # fmt: skip
 
 
@@ -173,7 +204,7 @@ def fit(folder, name, out, **trainer):
     search = FactorSearch(
         documents=3, held_out=2, algorithm=RampSearch(max_evaluations=8), objective="perplexity", batch_tokens=128
     )
-    measures = [PerplexityByLength(lengths=[32, 64], documents=5), PasskeyRetrieval(lengths=[140], depths=2, trials=2)]
+    measures = [PerplexityByLength(lengths=[32, 63], documents=5), PasskeyRetrieval(lengths=[140], depths=2, trials=2)]
     tied = {"tie_word_embeddings": True} if name == "tied" else {}
     module = Module(
         config={**LLAMA, "vocab_size": 720, **tied},
@@ -203,6 +234,11 @@ def fit_with_every_strategy(folder):
     for name, strategy in STRATEGIES.items():
         found = fit(folder, name, folder / name, devices=4, strategy=strategy())
         (folder / f"{name}{os.environ['RANK']}.json").write_text(json.dumps(found))
+    full = fill_memory(rank=1, sizes=(2, 64))
+    for name in FULL:
+        found = fit(folder, name, folder / f"full-{name}", devices=4, strategy=STRATEGIES[name]())
+        found["failures"], full.failures = full.failures, 0
+        (folder / f"full-{name}{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +251,7 @@ def fits(tmp_path_factory):
     alone = {name: fit(folder, name, folder / f"{name}-alone", devices=1) for name in ("ddp", "tied")}
     with suppress(AssertionError):  # each test says what its strategy came to
         run_ranks(4, fit_with_every_strategy, folder, logs=folder / "logs", timeout=200)
-    return folder, {name: alone["tied" if name == "tied" else "ddp"] for name in STRATEGIES}
+    return folder, {name: alone.get(name, alone["ddp"]) for name in STRATEGIES}
 
 
 @pytest.mark.slow
@@ -229,6 +265,18 @@ def test_two_by_two_ranks_search_train_and_measure_as_one_process_does(fits, nam
         assert path.exists(), (folder / "logs" / f"rank{rank}.log").read_text()[-4000:]
         found = json.loads(path.read_text())
         assert found["rows"] == {"num_replicas": 2, "rank": rank // 2}
-        assert found["share"] == {"ddp": 1.0, "zero2": 1.0, "zero3": 0.0}.get(name, 0.25)
+        assert found["share"] == {"fsdp2": 0.25, "tied": 0.25, "zero3": 0.0}.get(name, 1.0)
         for key in ("losses", "scores", "held_out", "val_perplexity", "measured"):
             assert found[key] == pytest.approx(alone[key], rel=1e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_a_rank_out_of_memory_leaves_none_of_its_group_waiting(fits, name):
+    folder, alone = fits[0], fits[1][name]
+    for rank in range(4):
+        path = folder / f"full-{name}{rank}.json"
+        assert path.exists(), (folder / "logs" / f"rank{rank}.log").read_text()[-4000:]
+        found = json.loads(path.read_text())
+        assert found["scores"] == pytest.approx(alone["scores"], rel=1e-5)
+        assert (found["failures"] >= 3) == (rank == 1)
