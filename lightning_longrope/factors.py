@@ -203,8 +203,8 @@ class RescaleFactors:
     def to_hf(self, config: Any, short: "RescaleFactors | None" = None) -> dict[str, Any]:
         """The ``rope_parameters`` that make a Hugging Face model use these factors (rope type ``longrope``).
 
-        Hugging Face has one attention factor for both tables, so that of ``short`` is not written; and no start tokens.
-        Where the attention factor is not the default formula it is written again under the names vLLM reads.
+        Hugging Face has one attention factor for both tables, which is that of the long one, and no start tokens. Where
+        an attention factor is not the default formula, both are written again under the names that vLLM reads.
 
         Args:
             config: The model's config; its base, partial rotary factor and other layer types are kept.
@@ -238,8 +238,9 @@ class RescaleFactors:
         if stock.get("partial_rotary_factor") is not None:
             parameters["partial_rotary_factor"] = float(stock["partial_rotary_factor"])
         default = rope.longrope_attention_factor(original_length=self.original_length, target_length=self.target_length)
-        if not math.isclose(self.attention_factor, default, rel_tol=1e-9):
-            parameters |= {"short_mscale": self.attention_factor, "long_mscale": self.attention_factor}
+        both = {"short_mscale": (short or self).attention_factor, "long_mscale": self.attention_factor}
+        if not all(math.isclose(factor, default, rel_tol=1e-9) for factor in both.values()):
+            parameters |= both
         nested = config_fields(config).get("rope_parameters") or {}
         return {**nested, LAYER_TYPE: parameters} if isinstance(nested.get(LAYER_TYPE), Mapping) else parameters
 

@@ -49,6 +49,9 @@ __all__ = [
 PRETRAINED_ROPE = "pretrained_rope"
 """Key of an exported config.json that keeps the rotary fields the model had before it was extended."""
 
+CUSTOM_CODE = "longrope"
+"""Key of an exported config.json that code in the folder reads the tables from."""
+
 
 def install_factors(model: PreTrainedModel, factors: RescaleFactors | LengthTables | Iterable[RescaleFactors]) -> None:
     """Puts rescale factors into a model, in place of any it has, and proves that its logits changed.
@@ -433,6 +436,8 @@ def _load_exported(path: Path, how: dict[str, Any], trust_remote_code: bool) -> 
     """A folder written by ``export_model``: the pretrained model it came from plus its exact table."""
     factors = LengthTables.load(path / FACTORS_FILE, monotone=False)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    if hasattr(config.get_text_config(), CUSTOM_CODE):
+        del config.auto_map  # to code that says in other words what is installed here
     _undo_rescaling(config.get_text_config())
     model = AutoModelForCausalLM.from_pretrained(str(path), config=config, trust_remote_code=trust_remote_code, **how)
     install_factors(model, factors)
@@ -444,7 +449,9 @@ def _undo_rescaling(config: Any) -> None:
     pretrained = getattr(config, PRETRAINED_ROPE, None)
     if pretrained is None:  # someone put a table next to a stock model
         return
-    delattr(config, PRETRAINED_ROPE)
+    for name in (PRETRAINED_ROPE, CUSTOM_CODE):
+        if hasattr(config, name):
+            delattr(config, name)
     for name, value in pretrained.items():
         setattr(config, name, value)
 

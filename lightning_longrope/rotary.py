@@ -139,12 +139,19 @@ def _single(table: Tensor) -> Tensor:
 
 
 def rotary_output(rotary: nn.Module, position_ids: Tensor) -> Any:
-    """What a rotary module, its own or ours, gives the full-attention layers of its model in float32."""
+    """Float32 cos and sin for full-attention layers, of a model's rotary module or one that keeps it as ``stock``."""
     x = torch.zeros(len(position_ids), position_ids.shape[1], 1, device=position_ids.device)
-    stock = rotary.stock if isinstance(rotary, RescaledRotary) else rotary
+    stock = getattr(rotary, "stock", rotary)
     layered = isinstance(getattr(stock, "rope_type", None), dict)
     with torch.no_grad():
         return rotary(x, position_ids, LAYER_TYPE) if layered else rotary(x, position_ids)
+
+
+def table_layout(rotary: nn.Module, geometry: RopeGeometry) -> str:
+    """How a rotary module lays out its pairs: ``halves``, ``interleaved`` or ``single``."""
+    arranged = _layout(rotary.stock if isinstance(rotary, RescaledRotary) else rotary, geometry)
+    names: dict[Any, str] = {_halves: "halves", _interleaved: "interleaved", _single: "single"}
+    return names[arranged]
 
 
 def _layout(stock: nn.Module, geometry: RopeGeometry) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ import torch
 from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.datamodules.sample_text import library_sources
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.model import find_tokenizer, installed_factors, load_model, load_tokenizer
+from lightning_longrope.model import find_tokenizer, installed_tables, load_model, load_tokenizer, window
 from lightning_longrope.recipes import Stage
 
 log = logging.getLogger("lightning_longrope")
@@ -20,7 +20,7 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 def export_arguments(stage: Stage) -> dict[str, Any]:
     """What a stage file gives to ``export_checkpoint``, its keys checked."""
-    allowed = {"run", "out", "tokenizer", "drop_start_tokens", "short"}
+    allowed = {"run", "out", "tokenizer", "lossy", "custom_code", "short"}
     unknown = sorted(set(stage.config) - allowed)
     missing = sorted({"run", "out"} - set(stage.config))
     if unknown or missing:
@@ -35,12 +35,18 @@ def export(command: str, arguments: list[str]) -> None:
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--tokenizer", help="name or folder of the tokenizer; the one of the run by default")
     parser.add_argument("--short", help="file of factors for texts within the pretrained window")
-    parser.add_argument("--drop-start-tokens", action="store_true", help="export although that changes the model")
+    parser.add_argument("--custom-code", action="store_true", help="keep by code what Hugging Face has no words for")
+    parser.add_argument("--lossy", action="store_true", help="export although something of the model is lost")
     sys.stdout.write(f"{export_checkpoint(**vars(parser.parse_args(arguments)))}\n")
 
 
 def export_checkpoint(
-    run: str, out: str, tokenizer: str | None = None, drop_start_tokens: bool = False, short: str | None = None
+    run: str,
+    out: str,
+    tokenizer: str | None = None,
+    custom_code: bool = False,
+    lossy: bool = False,
+    short: str | None = None,
 ) -> Path:
     """Writes a Hugging Face folder from a run, a stage, a checkpoint or a model folder.
 
@@ -48,7 +54,8 @@ def export_checkpoint(
         run: Output folder of a recipe or of a stage (its last checkpoint is taken), a ``.ckpt``, or a model folder.
         out: Folder to write.
         tokenizer: Name or folder of the tokenizer; by default the one of the run.
-        drop_start_tokens: Export although Hugging Face cannot leave the start tokens as they were pretrained.
+        custom_code: Write code into the folder for what Hugging Face cannot say: start tokens, further tables.
+        lossy: Export although Hugging Face cannot say all of the model.
         short: File of factors for texts within the pretrained window, as ``FactorSearch(recovery=True)`` writes it.
 
     Returns:
@@ -62,16 +69,13 @@ def export_checkpoint(
         log.info("No tokenizer found near %s: exporting the model alone (--tokenizer adds one).", checkpoint)
     model, tokens = load_model(str(checkpoint)), load_tokenizer(found) if found else None
     table = RescaleFactors.load(short) if short else None
-    options: dict[str, Any] = {"drop_start_tokens": drop_start_tokens, "example": _example(model, tokens)}
-    return export_model(model, tokens, out, short=table, **options)
+    example = None if tokens is None or installed_tables(model) is None else _example(model, tokens)
+    return export_model(model, tokens, out, short=table, custom_code=custom_code, lossy=lossy, example=example)
 
 
-def _example(model: Any, tokenizer: Any) -> torch.Tensor | None:
-    """Text to measure on what dropping start tokens would cost: at most 32k tokens; None where it is not needed."""
-    factors = installed_factors(model)
-    if tokenizer is None or factors is None or not factors.start_tokens:
-        return None
-    length, tokens = min(factors.target_length, 32_768), []
+def _example(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Text to measure on what an export loses: at most 32k tokens."""
+    length, tokens = min(window(model), 32_768), []
     for text in library_sources():
         tokens += tokenizer(text)["input_ids"]
         if len(tokens) >= length:

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,19 +14,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_longrope.export.custom_code import code_class, write_code
+from lightning_longrope.export.lost import Loss, plain_tables, what_is_lost
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.lora import merged_weights
 from lightning_longrope.model import (
     PRETRAINED_ROPE,
     candidate_rows,
     install_factors,
-    installed_factors,
     installed_tables,
     probe_logits,
     rope_geometry,
 )
 from lightning_longrope.rotary import RescaledRotary, rotary_output
-from lightning_longrope.scoring import token_nll
+from lightning_longrope.tables import LengthTables
 
 _ROPE_FIELDS = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
 _EXACT = 16_384  # up to this position, float32 angles are good enough to compare logits with ours
@@ -41,49 +41,58 @@ def export_model(
     folder: str | Path,
     *,
     short: RescaleFactors | None = None,
-    drop_start_tokens: bool = False,
+    custom_code: bool = False,
+    lossy: bool = False,
     example: Tensor | None = None,
 ) -> Path:
     """Writes a model with its installed factors as a Hugging Face folder, reads it back and compares the logits.
 
     The config has the rope type ``longrope`` and ``max_position_embeddings`` is the target length exactly, from which
-    vLLM derives the ratio. ``rescale_factors.json`` next to it lets ``load_model`` restore the exact table. A model
+    vLLM derives the ratio. ``rescale_factors.json`` next to it lets ``load_model`` restore the exact tables. A model
     with identity factors, or none, is written with its own config; adapters are merged, in a copy. Nothing
     half-written is left behind, and the model passed in stays as it is.
+
+    Hugging Face has two tables, one within the pretrained window and one beyond, one attention factor for both, and no
+    start tokens. What a model has beyond that is kept by ``custom_code``, or lost if ``lossy`` agrees to it.
 
     Args:
         model: The model, with its weights in one process.
         tokenizer: Its tokenizer, or None to write none.
         folder: Where to write. A folder that is an earlier export is replaced; any other must be empty or absent.
-        short: Table of sequences within the pretrained window; by default the one the model has, else the long table.
-            Hugging Face gives both tables one attention factor, that of the long one.
-        drop_start_tokens: Export without the start tokens, which Hugging Face does not know.
-        example: Tokens of a text, [S] int64, on which the error about start tokens says what dropping them costs.
+        short: Table of sequences within the pretrained window, in place of the one the model has for them.
+        custom_code: Write code into the folder that says all; ``from_pretrained(folder, trust_remote_code=True)`` runs
+            it. Software that does not gets what Hugging Face can say.
+        lossy: Write what Hugging Face can say, although that is another model.
+        example: Tokens of a text, [S] int64, on which what is lost is measured.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the factors have start tokens, the folder is in use, or the short table does not fit.
+        ValueError: If something would be lost without ``lossy``, the folder is in use, or the short table does not fit.
         RuntimeError: If the folder read back is not the model.
     """
     folder, model = Path(folder), _merged(model)
     _check_free(folder)
-    factors = _expressible(model, drop_start_tokens, example)
-    short = short or _short_table(model)
-    config = copy.deepcopy(model.config)
-    if factors is not None and (short is not None or not factors.is_identity):
-        _rescale(config.get_text_config(), factors, short)
-    else:
-        factors = None
+    tables = _tables(model, short)
+    plain = tables and plain_tables(tables)
+    losses = what_is_lost(model, tables, plain, example) if tables and plain else []
+    _agree(losses, custom_code, lossy)
+    config, kept = copy.deepcopy(model.config), tables if custom_code else plain
+    if tables is not None:
+        _rescale(config.get_text_config(), tables)
     with _written_whole(folder) as partial:
+        if tables is not None and custom_code:
+            write_code(partial, model, config, tables)
         with _config_of(model, config):
             model.save_pretrained(partial)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, partial, config.get_text_config().max_position_embeddings)
-        if factors is not None:
-            factors.save(partial / FACTORS_FILE)
-        _verify(partial, model, factors, short)
+        if kept is not None:
+            kept.save(partial / FACTORS_FILE)
+        _verify(AutoModelForCausalLM, partial, model, plain)
+        if tables is not None and custom_code:
+            _verify(code_class(partial), partial, model, tables)
     return folder
 
 
@@ -99,65 +108,40 @@ def _merged(model: Any) -> PreTrainedModel:
     return plain
 
 
-def _expressible(model: PreTrainedModel, drop_start_tokens: bool, example: Tensor | None) -> RescaleFactors | None:
-    """The installed factors, without start tokens if the caller agrees to that."""
-    factors = installed_factors(model)
-    if factors is None or factors.start_tokens == 0:
-        return factors
-    dropped = replace(factors, start_tokens=0)
-    if not drop_start_tokens:
-        cost = "" if example is None else _cost(model, factors, dropped, example)
-        raise ValueError(
-            f"Hugging Face has no start tokens, but the factors have start_tokens={factors.start_tokens}.{cost}"
-            " Pass drop_start_tokens=True to export without them, or search again with start_tokens=(0,)."
-        )
-    log.warning("Exporting without the %d start tokens of the factors.", factors.start_tokens)
-    return dropped
-
-
-def _short_table(model: PreTrainedModel) -> RescaleFactors | None:
-    """The installed table of sequences within the pretrained window, if there is one.
-
-    Raises:
-        ValueError: If the model has more tables than Hugging Face can choose from.
-    """
+def _tables(model: PreTrainedModel, short: RescaleFactors | None) -> LengthTables | None:
+    """The tables to write; None for a model that is the pretrained one."""
     tables = installed_tables(model)
-    if tables is None or len(tables.tables) == 1:
+    if tables is None or (short is None and tables.is_identity):
         return None
-    if tables.lengths[:-1] != (tables.longest.original_length,):
+    if short is None:
+        return tables
+    window = tables.longest.original_length
+    within = replace(short, original_length=window, target_length=window)
+    return LengthTables((within, *(table for table in tables.tables if table.target_length > window)))
+
+
+def _agree(losses: list[Loss], custom_code: bool, lossy: bool) -> None:
+    """Says what is lost, and refuses to lose it without the caller's word."""
+    if losses and not (custom_code or lossy):
         raise ValueError(
-            f"Hugging Face has two tables, for sequences up to {tables.longest.original_length} tokens and for longer"
-            f" ones, but the model has tables for {', '.join(map(str, tables.lengths))} tokens: install two of them."
+            f"Hugging Face's `longrope` cannot say all of this model; lost would be {'; '.join(map(str, losses))}."
+            " Pass custom_code=True (--custom-code) to keep it by code in the folder, or lossy=True (--lossy) to write"
+            " what can be said."
         )
-    return tables.tables[0]
+    for loss in losses:
+        log.warning("Lost %s: %s.", "without trust_remote_code" if custom_code else "in this export", loss)
 
 
-def _cost(model: PreTrainedModel, factors: RescaleFactors, dropped: RescaleFactors, example: Tensor) -> str:
-    """What dropping the start tokens does to the perplexity of a text, as a sentence."""
-    if example.ndim != 1 or len(example) < 2:
-        raise ValueError(f"`example` must hold at least 2 tokens in one dimension, got shape {tuple(example.shape)}.")
-    device, perplexities = model.get_input_embeddings().weight.device, []
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for table in (factors, dropped):
-            with candidate_rows(model, [table]):
-                nll = token_nll(model, example[None].to(device))
-            perplexities.append(math.exp(nll.double().mean().item()))
-    finally:
-        for module, training in modes:
-            module.training = training
-    before, after = perplexities
-    return f" Without them, perplexity on the {len(example)} example tokens goes from {before:.4g} to {after:.4g}."
-
-
-def _rescale(config: Any, factors: RescaleFactors, short: RescaleFactors | None) -> None:
-    """Writes the factors into a config and keeps its own rotary fields under a key that ``load_model`` reads."""
+def _rescale(config: Any, tables: LengthTables) -> None:
+    """Writes the tables into a config and keeps its own rotary fields under a key that ``load_model`` reads."""
     own = {name: copy.deepcopy(getattr(config, name)) for name in _ROPE_FIELDS if hasattr(config, name)}
-    config.rope_parameters = factors.to_hf(config, short=short)
-    config.max_position_embeddings = factors.target_length
+    longest = replace(tables.longest, start_tokens=0)
+    config.rope_parameters = longest.to_hf(
+        config, short=replace(tables.for_length(longest.original_length), start_tokens=0)
+    )
+    config.max_position_embeddings = longest.target_length
     if "original_max_position_embeddings" in own:  # Phi-3's, which wins over the one in rope_parameters
-        config.original_max_position_embeddings = factors.original_length
+        config.original_max_position_embeddings = longest.original_length
     setattr(config, PRETRAINED_ROPE, own)
 
 
@@ -204,26 +188,25 @@ def _written_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _verify(folder: Path, model: PreTrainedModel, factors: RescaleFactors | None, short: RescaleFactors | None) -> None:
+def _verify(kind: Any, folder: Path, model: PreTrainedModel, tables: LengthTables | None) -> None:
     """Reads the folder back with transformers alone and compares weights, angles and logits.
 
     Raises:
         RuntimeError: If they differ.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+    loaded = kind.from_pretrained(folder, dtype=model.dtype).eval()
     weights = loaded.state_dict()
     for name, tensor in model.state_dict().items():
         if name not in weights or not torch.equal(weights[name], tensor.detach().to("cpu", weights[name].dtype)):
             raise RuntimeError(f"The export is not the model: weight {name} differs in the folder read back.")
-    if factors is None:
+    if tables is None:
         return
     rotary, geometry = loaded.get_decoder().rotary_emb, rope_geometry(model.config)
     # on other devices and in other types, kernels differ by more than a wrong config might
     allowed = 1e-3 if model.dtype == torch.float32 and model.device.type == "cpu" else 5e-2
-    for name, table, positions in _probes(
-        factors, replace(short or factors, attention_factor=factors.attention_factor)
-    ):
-        theirs, reference = rotary_output(rotary, positions), RescaledRotary(rotary, [table], geometry)
+    for table, positions in _probes(tables):
+        reference = RescaledRotary(getattr(rotary, "stock", rotary), [table], geometry)
+        theirs = rotary_output(rotary, positions)
         turned = max(
             (one - other)[:, :-1].abs().max().item()
             for one, other in zip(theirs, rotary_output(reference, positions), strict=True)
@@ -233,22 +216,18 @@ def _verify(folder: Path, model: PreTrainedModel, factors: RescaleFactors | None
         error = ((probe_logits(loaded, positions)[:, :-1].float() - ours).abs().max() / ours.abs().max()).item()
         if not (turned <= 5e-3 and error <= allowed):
             raise RuntimeError(
-                f"The export is not the model: with the {name} table, cos and sin are off by {turned:.2g}"
-                f" and logits by {error:.2g} of their scale."
+                f"The export is not the model: at {int(positions.max()) + 1} tokens, cos and sin are off by"
+                f" {turned:.2g} and logits by {error:.2g} of their scale."
             )
 
 
-def _probes(factors: RescaleFactors, short: RescaleFactors) -> Iterator[tuple[str, RescaleFactors, Tensor]]:
-    """Tables to compare and positions that make transformers choose them.
+def _probes(tables: LengthTables) -> Iterator[tuple[RescaleFactors, Tensor]]:
+    """Tables to compare and positions that make the software choose them, on both sides of every switch.
 
     The last position alone chooses the table and is not compared: far out its float32 angles are too rough.
     """
-    near = min(factors.original_length - 1, _EXACT)
-    positions = torch.linspace(0, near, 8, dtype=torch.float64).long().unique()
-    for name, table, last in (
-        ("short", short, factors.original_length - 1),
-        ("long", factors, factors.target_length - 1),
-    ):
-        if name == "short" or factors.target_length > factors.original_length:
-            chosen = positions[positions < last]
-            yield name, table, torch.cat([chosen, torch.tensor([last])])[None]
+    window = tables.longest.original_length
+    positions = torch.linspace(0, min(window - 1, _EXACT), 8, dtype=torch.float64).long().unique()
+    for length in sorted({window, *tables.lengths, *(limit + 1 for limit in tables.lengths[:-1])}):
+        chosen = positions[positions < length - 1]
+        yield tables.for_length(length), torch.cat([chosen, torch.tensor([length - 1])])[None]
