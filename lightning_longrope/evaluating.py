@@ -123,6 +123,7 @@ class Evaluator:
         history: One mapping per evaluation, as in the journal.
         forwards: (candidate, document) pairs that this search has scored, those before a cut included.
         recalled: Candidates that needed no forward pass now.
+        used: How many of the documents, the first ones, candidates are judged on.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Evaluator:
         self.history: list[dict[str, Any]] = []
         self.forwards = 0
         self.recalled = 0
+        self.used = len(documents)
         self._group = sequence_group(model)
         self._waited_for = self._group.size > 1 or (self.workers.world_size > 1 and gathers_weights(model))
         self._most_rows: int | None = None  # of a pass, once memory did not suffice for more
@@ -169,7 +171,7 @@ class Evaluator:
             ValueError: If not one row of any candidate fits in memory.
         """
         batch = _Batch(self, tables, origins, generation)
-        for members in _blocks(len(self.documents), race):
+        for members in _blocks(self.used, race):
             batch.score(members, race, progress)
         scores = batch.finish()
         self.history += batch.records
@@ -309,12 +311,14 @@ class _Batch:
             if candidate in self.final or not bool(self.scored[candidate, : members.stop].all()):
                 continue
             score = score_of(self.sums[candidate], self.scored[candidate], self.objective)
-            if members.stop < len(self.evaluator.documents) and score.status == "ok":
+            if members.stop < self.evaluator.used and score.status == "ok":
                 assert race is not None
                 values = document_values(self.sums[candidate, : members.stop], self.objective)
                 if (lost := race.lost(values, range(members.stop))) is None:
                     continue
                 score = replace(score, value=lost, status="dropped")
+            elif members.stop < len(self.evaluator.documents) and score.status == "ok":
+                score = replace(score, status="partial")
             self.final[candidate] = score
             self._write(candidate)
 
@@ -335,7 +339,7 @@ class _Batch:
         for candidate in range(len(self.tables)):
             self._write(candidate)
         if self.book is not None:
-            self.book.end_generation(self.tables)
+            self.book.end_generation(self.tables, self.evaluator.used)
         return scores
 
     def _write(self, candidate: int) -> None:

@@ -28,8 +28,9 @@ _ROWS_EVERY = 1.0  # seconds between writes of single pairs
 class ScoreBook:
     """Remembers pairs, and writes what is new to a folder; used by the one process that writes.
 
-    ``history.jsonl`` gets a line when a candidate is finished. ``history.rows.jsonl`` gets single pairs of candidates
-    that are not, at most every second, and goes away at the end of a generation: at long windows a pair takes minutes.
+    ``history.jsonl`` gets a line when a candidate is finished, and another when it is scored on more documents.
+    ``history.rows.jsonl`` gets single pairs of candidates that are not, at most every second, and goes away at the end
+    of a generation: at long windows a pair takes minutes.
 
     Args:
         path: The journal (``history.jsonl``); None to keep nothing.
@@ -82,22 +83,28 @@ class ScoreBook:
             self._pending, self._wrote = [], time.monotonic()
 
     def keep_evaluation(self, record: Mapping[str, Any]) -> None:
-        """Writes a finished candidate, unless the journal has it."""
-        if self._journal is not None and not self._journal.has(record):
+        """Writes a finished candidate, unless the journal has it on as many documents."""
+        if self._journal is not None and not self._has(record, _scored(record)):
             self._journal.append([record])
             self._pending = [row for row in self._pending if _record_key(row) != _record_key(record)]
         self._remember(self._own, record)
 
-    def end_generation(self, tables: Sequence[RescaleFactors]) -> None:
-        """All these candidates are finished: from now on they are known from before."""
+    def end_generation(self, tables: Sequence[RescaleFactors], documents: int) -> None:
+        """All these candidates are finished on the first ``documents``: from now on they are known from before."""
         for key in map(_key, tables):
-            self._earlier.setdefault(key, {}).update(self._own.get(key, {}))
+            own = self._own.get(key, {})
+            self._earlier.setdefault(key, {}).update({place: own[place] for place in own if place < documents})
         self._pending = []
         # A resumed search passes finished generations first, and needs the single pairs for the one that was cut.
         journal, rows = self._journal, self._rows
-        if journal is not None and rows is not None and all(journal.has(row) for row in rows.records):
+        if journal is not None and rows is not None and all(self._has(row, {row["document"]}) for row in rows.records):
             rows.path.unlink()
             self._rows = None
+
+    def _has(self, record: Mapping[str, Any], documents: set[int]) -> bool:
+        """Whether the journal has a candidate on these documents, or knows that none fits in memory."""
+        written = self._journal.find(record) if self._journal is not None else None
+        return written is not None and (written["status"] == "oom" or documents <= _scored(written))
 
     def _read_own(self, journal: Journal) -> None:
         for record in journal.records:
@@ -129,6 +136,11 @@ class ScoreBook:
             place = index if places is None else places[index]
             if sums is not None and place is not None:
                 rows[place] = [float(number) for number in sums]
+
+
+def _scored(record: Mapping[str, Any]) -> set[int]:
+    """The documents that a candidate was scored on."""
+    return {place for place, sums in enumerate(record["documents"]) if sums is not None}
 
 
 def plain_number(number: float) -> float | str:

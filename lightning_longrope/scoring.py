@@ -18,7 +18,7 @@ from lightning_longrope.model import candidate_rows, hidden_states, output_head
 from lightning_longrope.objectives import Objective, SearchDocument
 from lightning_longrope.sequence_parallel import sequence_group
 
-Status = Literal["ok", "nan", "inf", "oom", "dropped"]
+Status = Literal["ok", "partial", "nan", "inf", "oom", "dropped"]
 
 LOGITS_AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Most logits that exist at a time, whatever the vocabulary: 16 MiB in float32 on a CPU, 128 MiB on a GPU."""
@@ -137,8 +137,8 @@ class Score:
         value: The objective in nats per token. Of a dropped candidate it is extrapolated; not finite where it failed.
         text: Mean nll of the text tokens.
         answer: Mean nll of the answer tokens, NaN without answers.
-        status: ``ok``; ``nan`` or ``inf`` where the loss overflowed; ``oom`` where not even one row fitted in memory;
-            ``dropped`` where a race ended before the last document.
+        status: ``ok``; ``partial`` where it was to be judged on part of the documents; ``nan`` or ``inf`` where the
+            loss overflowed; ``oom`` where not even one row fitted in memory; ``dropped`` where a race ended early.
         documents: Text nll, text tokens, answer nll and answer tokens of each document; None where it was not scored.
     """
 

@@ -32,9 +32,10 @@ from lightning_longrope.objectives import (
 )
 from lightning_longrope.score_book import ScoreBook
 from lightning_longrope.scoring import Score, document_values, means
-from lightning_longrope.search import RampSearch, SearchAlgorithm, SearchResult, SearchSpace
+from lightning_longrope.search import Candidate, RampSearch, SearchAlgorithm, SearchResult, SearchSpace
 from lightning_longrope.search.journal import strict_json
 from lightning_longrope.search.judgement import HeldOut, judge
+from lightning_longrope.search.schedule import DocumentSchedule, Stages
 from lightning_longrope.search_task import SearchTask, search_task
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class SearchRun:
         forwards: (candidate, document) pairs scored, baselines included.
         best: Lowest score so far in nats.
         median: Median score of the last generation in nats.
+        documents: How many documents candidates are judged on now.
         seconds: Time of a fresh evaluation, mean so far; 0 before the first.
         baselines: Scores of the published tables on the same documents.
     """
@@ -67,6 +69,7 @@ class SearchRun:
     forwards: int = 0
     best: float = math.inf
     median: float = math.nan
+    documents: int = 0
     seconds: float = 0.0
     baselines: dict[str, float] = field(default_factory=dict)
 
@@ -101,6 +104,7 @@ def search_factors(
     recovery: bool = False,
     held_out: Sequence[Tensor] | int = 0,
     race: float | None = None,
+    schedule: Stages | None = None,
     folder: str | Path | None = None,
     caches: Sequence[str | Path] = (),
     batch_tokens: int = 16384,
@@ -136,6 +140,8 @@ def search_factors(
         held_out: Texts that only the judgement at the end sees, or how many of ``documents`` to keep back for it.
         race: Drop a candidate as soon as it is behind the last of those that matter for the next generation by more
             than this many standard errors of the differences on the same documents. None scores all on all documents.
+        schedule: Pairs of a share of the evaluations and the number of documents that candidates are judged on so far;
+            afterwards all. At each step the best are scored on the documents added. All from the start by default.
         folder: Where ``history.jsonl``, ``held_out.jsonl``, ``state.json``, ``factors.json`` and
             ``rescale_factors.csv`` go. A search that was cut continues there exactly.
         caches: ``history.jsonl`` of other searches of this model, whose scores on the same documents are used.
@@ -149,7 +155,7 @@ def search_factors(
     Raises:
         ValueError: If the target is not longer than the model's window, a document is too short, an objective
             lacks its tokenizer, ``folder`` holds another search, a held-out document is one of the search's, or
-            memory suffices for no candidate.
+            memory suffices for no candidate, or ``schedule`` does not grow towards all documents.
     """
     task = search_task(
         model,
@@ -169,13 +175,16 @@ def search_factors(
     workers = workers or SingleWorker()
     with _undisturbed(model):
         identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+        stages = DocumentSchedule.of(schedule, len(rows), algorithm.limit)
         settings = {"objective": objective.settings, "race": race, **algorithm.fingerprint}
+        if stages.stages:
+            settings["schedule"] = stages.stages
         if task.base is not None:
             settings["base"] = task.base.to_dict()
         files = _Files(Path(folder) if folder else None, caches, workers, identity)
         evaluator = partial(Evaluator, model, objective=objective, batch_tokens=batch_tokens, workers=workers)
         scorer = evaluator(rows, book=files.book("history.jsonl", rows, settings))
-        search = _Search(task, algorithm, scorer, race, progress)
+        search = _Search(task, algorithm, scorer, race, stages, progress)
         best = search.run_to_end(files)
         result = _result(task, search, best)
         if unseen:
@@ -194,24 +203,24 @@ class _Search:
         algorithm: SearchAlgorithm,
         evaluator: Evaluator,
         race: float | None,
+        schedule: DocumentSchedule,
         progress: Callable[[SearchRun], None] | None,
     ) -> None:
         self.task, self.algorithm, self.evaluator = task, algorithm, evaluator
-        self.race, self.progress = race, progress
+        self.race, self.schedule, self.progress = race, schedule, progress
         self.run = SearchRun(limit=algorithm.limit)
-        self._complete: list[Score] = []  # of all documents, best first
+        self._complete: list[Score] = []  # of all documents in use, best first
         self._fresh, self._spent = 0, 0.0
 
     def run_to_end(self, files: "_Files") -> Any:
         """Baselines, then generation after generation; the best candidate."""
-        baselines = self.task.baselines
-        scores = self._scores(list(baselines.values()), [f"baseline:{name}" for name in baselines], -1)
-        self.run.baselines = dict(zip(baselines, (score.value for score in scores), strict=True))
-        while candidates := self.algorithm.ask():
+        self._use_documents()
+        while candidates := self._ask():
             tables = [self.task.table(candidate) for candidate in candidates]
             scores = self._scores(tables, [candidate.origin for candidate in candidates], self.algorithm.generation)
             self.algorithm.tell(candidates, [score.value for score in scores])
             self._tally(scores)
+            self._use_documents()
             files.save(self, finished=False)
             self._show()
         best, score = self.algorithm.best
@@ -221,18 +230,45 @@ class _Search:
             )
         return best
 
-    def _scores(self, tables: list[RescaleFactors], origins: list[str], generation: int) -> list[Score]:
+    def _ask(self) -> list[Candidate]:
+        """The next generation. A search that ends before its last stage goes on to it first."""
+        if not (candidates := self.algorithm.ask()) and self.evaluator.used < len(self.evaluator.documents):
+            self._use_documents(len(self.evaluator.documents))
+            candidates = self.algorithm.ask()
+        return candidates
+
+    def _use_documents(self, count: int | None = None) -> None:
+        """Scores baselines and survivors on the documents that the schedule adds now, if it does."""
+        algorithm, total = self.algorithm, len(self.evaluator.documents)
+        count = count or self.schedule.documents(algorithm.evaluations, algorithm.limit, total)
+        if count == self.run.documents:
+            return
+        self.run.documents = self.evaluator.used = count
+        survivors = algorithm.survivors
+        tables = [*self.task.baselines.values(), *map(self.task.table, survivors)]
+        origins = [*(f"baseline:{name}" for name in self.task.baselines), *(one.origin for one in survivors)]
+        scores = self._scores(tables, origins, algorithm.generation - 1, counted=False)
+        names = list(self.task.baselines)
+        self.run.baselines = {name: score.value for name, score in zip(names, scores, strict=False)}
+        if survivors:
+            algorithm.renew([score.value for score in scores[len(names) :]])
+            self._complete = []
+            self._keep_complete(scores[len(names) :])
+            self.run.best = algorithm.best[1]
+
+    def _scores(
+        self, tables: list[RescaleFactors], origins: list[str], generation: int, counted: bool = True
+    ) -> list[Score]:
         begin, before = time.perf_counter(), self.run.evaluations
         known = self.evaluator.recalled
 
         def finished(count: int) -> None:
-            self.run.evaluations = before + count if generation >= 0 else before
+            self.run.evaluations = before + count * counted
             self._show()
 
-        scores = self.evaluator.scores(tables, origins, generation, self._reference(), finished)
+        scores = self.evaluator.scores(tables, origins, generation, self._reference() if counted else None, finished)
         fresh = len(tables) - (self.evaluator.recalled - known)
-        if generation >= 0:
-            self.run.cached += len(tables) - fresh
+        self.run.cached += (len(tables) - fresh) * counted
         self._fresh, self._spent = self._fresh + fresh, self._spent + (time.perf_counter() - begin) * bool(fresh)
         self.run.seconds = self._spent / max(self._fresh, 1)
         self.run.forwards = self.evaluator.forwards
@@ -244,7 +280,8 @@ class _Search:
         if self.race is None or len(self._complete) < kept:
             return None
         worst = self._complete[kept - 1]
-        values = document_values(torch.tensor(worst.documents, dtype=torch.float64), self.evaluator.objective)
+        sums = torch.tensor(worst.documents[: self.evaluator.used], dtype=torch.float64)
+        values = document_values(sums, self.evaluator.objective)
         return Race(self.race, worst.value, values)
 
     def _tally(self, scores: list[Score]) -> None:
@@ -253,7 +290,10 @@ class _Search:
         run.dropped += sum(score.status == "dropped" for score in scores)
         run.failed += sum(score.status in ("nan", "inf", "oom") for score in scores)
         run.best, run.median = self.algorithm.best[1], statistics.median(finite) if finite else math.nan
-        complete = [*self._complete, *(score for score in scores if score.status == "ok")]
+        self._keep_complete(scores)
+
+    def _keep_complete(self, scores: list[Score]) -> None:
+        complete = [*self._complete, *(score for score in scores if score.status in ("ok", "partial"))]
         self._complete = sorted(complete, key=lambda score: score.value)[: self.algorithm.kept]
 
     def _show(self) -> None:

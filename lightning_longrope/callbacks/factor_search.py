@@ -52,6 +52,8 @@ class FactorSearch(Callback):
         multiply: Whether candidates multiply installed factors; by default where there are some for a shorter target.
         recovery: Whether to search a table for short texts.
         race: Standard errors behind the worst candidate that matters at which one is dropped; None for no race.
+        schedule: Pairs of a share of the evaluations and the number of documents that candidates are judged on so far,
+            such as ``((0.5, 4),)``; all documents from the start by default.
         caches: Journals of other searches of this model, whose scores on the same documents are used.
         batch_tokens: Tokens per forward pass.
         seed: Of candidates, documents and pass keys.
@@ -75,6 +77,7 @@ class FactorSearch(Callback):
         multiply: bool | None = None,
         recovery: bool = False,
         race: float | None = None,
+        schedule: tuple[tuple[float, int], ...] = (),
         caches: tuple[str, ...] = (),
         batch_tokens: int = 16384,
         seed: int = 0,
@@ -96,6 +99,7 @@ class FactorSearch(Callback):
         self.multiply = multiply
         self.recovery = recovery
         self.race = race
+        self.schedule = tuple(schedule)
         self.caches = tuple(caches)
         self.batch_tokens = batch_tokens
         self.seed = seed
@@ -155,6 +159,7 @@ class FactorSearch(Callback):
                 recovery=self.recovery,
                 held_out=self.held_out,
                 race=self.race,
+                schedule=self.schedule,
                 folder=folder,
                 caches=self.caches,
                 batch_tokens=self.batch_tokens,

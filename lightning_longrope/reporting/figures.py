@@ -51,7 +51,7 @@ def search_curve(search: Search, name: str = "search_curve") -> Plot | None:
         "Each dot is a candidate, the red line the best so far; level lines are the formulas on the same documents."
     )
     if raced:
-        caption += f" Crosses: given up after some documents ({len(raced):,})."
+        caption += f" Crosses: judged on part of the documents ({len(raced):,})."
     if outside:
         caption += f" Above the frame, drawn at its edge: {outside:,}."
     return Plot(name, caption, ("evaluation", "origin", "score", "best", "text", "answer"), _search_rows(search), draw)
@@ -70,8 +70,8 @@ def baseline_scores(search: Search) -> dict[str, float]:
 
 
 def candidate_scores(search: Search, *, dropped: bool = False) -> list[tuple[int, float]]:
-    """(evaluation, score) of candidates with a finite score: those judged on all documents, or those given up."""
-    lines = [line for line in search.evaluations if not _is_baseline(line) and _is_dropped(line) == dropped]
+    """(evaluation, score) of candidates with a finite score: those judged on all documents, or on part of them."""
+    lines = [line for line in search.evaluations if not _is_baseline(line) and _on_part(line) == dropped]
     return [(int(line["evaluation"]), float(line["score"])) for line in lines if line.get("score") is not None]
 
 
@@ -79,9 +79,9 @@ def _is_baseline(line: dict[str, object]) -> bool:
     return str(line.get("origin")).startswith("baseline:")
 
 
-def _is_dropped(line: dict[str, object]) -> bool:
-    """Whether a race ended before the last document; the score is extrapolated then."""
-    return line.get("status") == "dropped"
+def _on_part(line: dict[str, object]) -> bool:
+    """Whether a candidate was judged on part of the documents, by a race or a schedule."""
+    return line.get("status") in ("dropped", "partial")
 
 
 def _frame_top(scores: Sequence[float], baselines: Sequence[float]) -> float:
@@ -98,7 +98,7 @@ def _search_rows(search: Search) -> list[tuple[object, ...]]:
     best: float | None = None
     for line in search.evaluations:
         score, parts = line.get("score"), line.get("parts") or {}
-        if score is not None and not _is_baseline(line) and not _is_dropped(line):
+        if score is not None and not _is_baseline(line) and not _on_part(line):
             best = score if best is None else min(best, score)
         rows.append((line["evaluation"], line.get("origin"), score, best, parts.get("text"), parts.get("answer")))
     return rows

@@ -67,6 +67,11 @@ class SearchAlgorithm(ABC):
         """How many of the best candidates the next generation is made from; a race may drop what is worse."""
         return 16
 
+    @property
+    def survivors(self) -> list[Candidate]:
+        """The candidates that are scored again when there are more documents to judge on; the best first."""
+        return self.ranked()[: self.kept]
+
     @abstractmethod
     def _generations(self) -> Generations:
         """Yields generations of candidates and receives the score of each, never NaN, infinite where it failed.
@@ -100,10 +105,14 @@ class SearchAlgorithm(ABC):
         self._space, self._seed, self._limit, self._patience = self.adapt(space), seed, limit, patience
         self._rng = np.random.default_rng(seed)
         self._scores: dict[Candidate, float] = {}
+        self._number: dict[Candidate, int] = {}
+        self._renewed = 0
         self._told: list[dict[str, Any]] = []
-        self._yielded: list[Candidate] | None = None
+        self._reply: list[float] | None = None
+        self._yielded: list[Candidate] = []
         self._stream = self._generations()
-        self._pending = self._advance()
+        self._pending: list[Candidate] | None = None
+        self._count = 0
         return self
 
     @property
@@ -129,7 +138,7 @@ class SearchAlgorithm(ABC):
     @property
     def evaluations(self) -> int:
         """Number of candidates told."""
-        return len(self._scores)
+        return self._count
 
     @property
     def done(self) -> bool:
@@ -155,6 +164,8 @@ class SearchAlgorithm(ABC):
         """The generation to score now, without repeats; the same until it is told, empty at the end."""
         if not hasattr(self, "_pending"):
             raise ValueError(f"{type(self).__name__} has no search space yet: call `start(space, seed)` first.")
+        if self._pending is None:
+            self._pending = self._advance()
         return list(self._pending)
 
     def tell(self, candidates: Sequence[Candidate], scores: Sequence[float | None]) -> None:
@@ -177,7 +188,31 @@ class SearchAlgorithm(ABC):
         told = [worst_last[candidate] for candidate in pending]
         self._told.append({"scores": strict_json(told), "crc": _checksum(pending)})
         self._scores.update(zip(pending, told, strict=True))
-        self._pending = self._advance()
+        self._number.update({candidate: self._count + index for index, candidate in enumerate(pending)})
+        self._count += len(pending)
+        self._reply = [self._scores.get(candidate, math.inf) for candidate in self._yielded]
+        self._pending = None
+
+    def renew(self, scores: Sequence[float | None]) -> None:
+        """Gives the survivors new scores, on more documents; all others are forgotten, and asked again if need be.
+
+        Call it between ``tell`` and ``ask``, so that no generation is made from scores that are out of date.
+
+        Args:
+            scores: One for each of ``survivors``, as in ``tell``.
+
+        Raises:
+            ValueError: If that is not one score each, or the next generation was asked for already.
+        """
+        survivors = self.survivors
+        if len(scores) != len(survivors) or self._pending:
+            raise ValueError(
+                f"`renew` expected {len(survivors)} scores, one for each survivor, before the next `ask`;"
+                f" got {len(scores)} {'after it' if self._pending else 'scores'}."
+            )
+        self._scores = dict(zip(survivors, map(_number, scores), strict=True))
+        self._told[-1]["renewed"] = strict_json(list(self._scores.values()))
+        self._renewed, self._pending = self._count, None
 
     def ranked(self) -> list[Candidate]:
         """All candidates told, best first, equals in the order they were asked."""
@@ -203,6 +238,8 @@ class SearchAlgorithm(ABC):
                     " (another version of this package, numpy or cma). Start the search again."
                 )
             self.tell(candidates, entry["scores"])
+            if "renewed" in entry:
+                self.renew(entry["renewed"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
@@ -216,7 +253,7 @@ class SearchAlgorithm(ABC):
         for _ in range(count):
             for attempt in range(2 * _TRIES):
                 candidate = propose() if attempt < _TRIES else self._anywhere()
-                if candidate not in taken and candidate not in self._scores:
+                if candidate not in taken and candidate not in self._number:
                     taken[candidate] = None
                     break
             else:  # as good as exhausted
@@ -234,24 +271,22 @@ class SearchAlgorithm(ABC):
             if left <= 0 or self._out_of_patience:
                 break
             try:
-                if self._yielded is None:
-                    self._yielded = next(self._stream)
-                else:  # all were scored: a generation cut by the budget ended the search above
-                    self._yielded = self._stream.send([self._scores[candidate] for candidate in self._yielded])
+                # a generation cut by the budget, not all of it scored, ended the search above
+                self._yielded = next(self._stream) if self._reply is None else self._stream.send(self._reply)
             except StopIteration:
                 break
             fresh = [candidate for candidate in dict.fromkeys(self._yielded) if candidate not in self._scores]
             if fresh:
                 self._check(fresh)
                 return fresh[: int(min(left, len(fresh)))]
+            self._reply = [self._scores[candidate] for candidate in self._yielded]
         return []
 
     @property
     def _out_of_patience(self) -> bool:
         if self._patience is None or not self._scores:
             return False
-        since = len(self._scores) - 1 - list(self._scores).index(self.ranked()[0])
-        return since >= self._patience
+        return self._count - max(self._renewed, self._number[self.ranked()[0]] + 1) >= self._patience
 
     def _check(self, candidates: list[Candidate]) -> None:
         for candidate in candidates:

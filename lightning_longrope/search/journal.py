@@ -91,9 +91,9 @@ class Journal:
         """The record of this very candidate, or None; its score is None where it was not finite."""
         return self._by_candidate.get((candidate.values, candidate.start_tokens, candidate.attention_factor))
 
-    def has(self, record: Mapping[str, Any]) -> bool:
-        """Whether there is a record of the same candidate."""
-        return _key(record) in self._by_candidate
+    def find(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The last record of the same candidate, or None."""
+        return self._by_candidate.get(_key(record))
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         text = "".join(_line(record) for record in records)

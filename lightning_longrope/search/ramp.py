@@ -25,6 +25,9 @@ START = (10.0, 0.55, -1.4)
 SPREAD = (0.8, 0.5, 0.5)
 """First standard deviations of the logarithms of those turns and of the bend."""
 
+SURVIVORS = 4
+"""Candidates that a search which learns from generations, not from its best, scores again on more documents."""
+
 
 @dataclass(frozen=True)
 class Ramp:
@@ -98,6 +101,12 @@ class RampSearch(SearchAlgorithm):
     @override
     def kept(self) -> int:
         return self.population
+
+    @property
+    @override
+    def survivors(self) -> list[Candidate]:
+        # ramps are not made from earlier ones, an evolution is
+        return super().survivors[: SURVIVORS if self.ramp_share == 1 else None]
 
     def _generations(self) -> Generations:
         assert self.limit is not None

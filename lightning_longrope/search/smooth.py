@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from lightning_longrope.search.algorithm import Generations, SearchAlgorithm
 from lightning_longrope.search.evolution import check_counts
+from lightning_longrope.search.ramp import SURVIVORS
 from lightning_longrope.search.space import Candidate
 
 
@@ -34,6 +36,11 @@ class SmoothSearch(SearchAlgorithm):
         self.knots = knots
         self.spread = spread
         self.max_evaluations = max_evaluations
+
+    @property
+    @override
+    def survivors(self) -> list[Candidate]:
+        return super().survivors[:SURVIVORS]
 
     def _generations(self) -> Generations:
         yield self.space.seeds()

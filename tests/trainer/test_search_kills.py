@@ -22,6 +22,7 @@ LENGTH, ROWS = 64, 3
 def run_search(folder=None, workers=None):
     texts = list(torch.randint(96, (11, LENGTH), generator=torch.Generator().manual_seed(2)))
     settings = {"algorithm": RampSearch(max_evaluations=50), "race": 1.0, "batch_tokens": ROWS * LENGTH, "held_out": 2}
+    settings["schedule"] = ((0.3, 4), (0.5, 6))
     return search_factors(tiny_llama(), texts, LENGTH, folder=folder, workers=workers, **settings)
 
 

@@ -15,12 +15,15 @@ from processes import PARTITIONED, run_ranks
 from lightning_longrope import LongRoPEModule
 from lightning_longrope.callbacks import FactorSearch
 from lightning_longrope.evaluating import ProcessWorkers
-from lightning_longrope.search import RampSearch
+from lightning_longrope.search import EvolutionSearch, RampSearch
 from lightning_longrope.searching import search_factors
 from lightning_longrope.strategies import LongContextDeepSpeedStrategy, LongContextFSDP2Strategy
 
 pytestmark = pytest.mark.distributed
 LENGTH = 64
+EVOLUTION = EvolutionSearch(population=10, parents=4, mutants=3, crossovers=3)
+SCHEDULE = {"algorithm": EVOLUTION, "max_evaluations": 40, "schedule": ((0.3, 3), (0.6, 6))}
+KINDS = {"plain": {}, "scheduled": SCHEDULE}
 STRATEGIES = ["ddp", "group", "fsdp2", "zero1", "zero2", "zero3"]
 FULL = ["ddp", "fsdp2", "zero3"]  # strategies to try with one rank's memory full
 
@@ -45,17 +48,20 @@ def outcome(result):
 
 def shared_search(folder):
     torch.distributed.init_process_group("gloo")
-    found = outcome(run_search(folder, ProcessWorkers()))
+    found = "".join(outcome(run_search(folder / name, ProcessWorkers(), **options)) for name, options in KINDS.items())
     (folder / f"outcome{os.environ['RANK']}").write_text(found)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_share_a_search_and_agree_bit_for_bit(tmp_path, world_size):
     run_ranks(world_size, shared_search, tmp_path, logs=tmp_path / "logs")
-    alone = run_search()
-    assert {row["status"] for row in alone.history} == {"ok", "dropped"}
+    alone = [run_search(**options) for options in KINDS.values()]
+    assert [{row["status"] for row in found.history} for found in alone] == [
+        {"ok", "dropped"},
+        {"ok", "dropped", "partial"},
+    ]
     for rank in range(world_size):
-        assert (tmp_path / f"outcome{rank}").read_text() == outcome(alone)
+        assert (tmp_path / f"outcome{rank}").read_text() == "".join(map(outcome, alone))
 
 
 class Rows(LightningDataModule):

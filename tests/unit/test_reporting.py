@@ -509,7 +509,7 @@ def test_search_tells_what_was_given_up_and_how_the_winner_did_on_held_out_docum
     assert min(float(row["best"]) for row in rows if row["best"]) == min(
         line["score"] for line in lines[4:] if line["score"] and line.get("status") != "dropped"
     )
-    assert "Crosses: given up after some documents (1)." in page.text
+    assert "Crosses: judged on part of the documents (1)." in page.text
     assert "of them given up early 1" in page.text
     assert (
         "On 7 documents that the search has not seen the winner scores 2.8100 nats"

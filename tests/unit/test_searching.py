@@ -57,8 +57,9 @@ def test_a_search_leaves_no_trace(texts):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def search(make, folder=None):
-    options = {"folder": folder, "batch_tokens": 5 * LENGTH, "race": 1.0, "held_out": 2}
+def search(make, folder=None, schedule=None):
+    options = {"folder": folder, "batch_tokens": 5 * LENGTH, "race": 1.0, "held_out": 2, "schedule": schedule}
+    options["max_evaluations"] = 20 if schedule else None
     return search_factors(tiny_llama(), random_texts(9), LENGTH, algorithm=make(), seed=3, **options)
 
 
@@ -66,11 +67,14 @@ def without_time(record):
     return {name: value for name, value in record.items() if name != "seconds"}
 
 
+@pytest.mark.parametrize("schedule", [None, ((0.3, 2), (0.6, 4))])
 @pytest.mark.parametrize("make", ALGORITHMS)
-@pytest.mark.parametrize("passes_before_the_cut", [1, 8, 27])
-def test_a_cut_search_continues_exactly_and_repeats_nothing(tmp_path, monkeypatch, make, passes_before_the_cut):
+@pytest.mark.parametrize("passes_before_the_cut", [1, 8, 13, 18])
+def test_a_cut_search_continues_exactly_and_repeats_nothing(
+    tmp_path, monkeypatch, make, schedule, passes_before_the_cut
+):
     monkeypatch.setattr(score_book, "_ROWS_EVERY", 0.0)
-    whole = search(make)
+    whole = search(make, schedule=schedule)
     real, done, again = evaluating.row_sums, [], []
 
     def dies(model, factors, documents):
@@ -81,14 +85,14 @@ def test_a_cut_search_continues_exactly_and_repeats_nothing(tmp_path, monkeypatc
 
     monkeypatch.setattr(evaluating, "row_sums", dies)
     with pytest.raises(KeyboardInterrupt):
-        search(make, tmp_path)
+        search(make, tmp_path, schedule)
 
     def counts(model, factors, documents):
         again.append(len(documents))
         return real(model, factors, documents)
 
     monkeypatch.setattr(evaluating, "row_sums", counts)
-    result = search(make, tmp_path)
+    result = search(make, tmp_path, schedule)
     assert result.factors == whole.factors
     assert (result.score, result.forwards) == (whole.score, whole.forwards)
     assert [without_time(row) for row in result.history] == [without_time(row) for row in whole.history]
