@@ -6,6 +6,7 @@ USAGE = """\
 longrope: a context window up to 2,048k tokens for any RoPE language model
 
   longrope run RECIPE            run the numbered stages of a folder, skip finished ones, resume the one that was cut
+  longrope estimate -c CONFIG    memory per GPU and hours of a configuration or a recipe, before anything is spent
   longrope fit -c CONFIG         train; validate and test measure (LightningCLI)
   longrope search -c CONFIG      the factor search alone, no optimizer
   longrope compare -c CONFIG     none, PI, NTK, dynamic NTK, YaRN and given factors on the same documents

@@ -69,7 +69,7 @@ FORWARD: dict[Precision, Kernels] = {
 KEPT: dict[Precision, Work] = {
     "half": Work(8.0, 1.0, 4.0),
     "mixed": Work(14.6, 1.0, 4.0),
-    "full": Work(16.0, 2.0, 8.0),
+    "full": Work(12.0, 2.0, 8.0),
 }
 """What every layer keeps for the backward pass without gradient checkpointing."""
 
@@ -166,7 +166,7 @@ def weight_bytes(model: ModelSize, run: Run) -> float:
     """Bytes of the weights on one GPU, with their copies in a half type under autocast."""
     if run.levers.offload_parameters:
         return 0.0
-    copies = 2 * model.parameters if run.precision == "mixed" else 0
+    copies = 2 * model.parameters if run.precision == "mixed" and run.weight_bytes == 4 else 0
     shared = run.levers.devices if run.levers.zero_stage == 3 else 1
     return model.parameters * run.weight_bytes / shared + copies
 
@@ -270,11 +270,12 @@ def attention_flops(model: ModelSize, seq_len: int) -> float:
 
 
 def step_flops(model: ModelSize, run: Run) -> float:
-    """Operations for one row of a training step, with all that is computed again."""
-    forward = forward_flops(model, run.seq_len)
-    again = 1 if run.levers.gradient_checkpointing else 0
+    """Operations for a row of a training step; what is not kept is computed again, frozen weights need no gradient."""
+    forward, attention = forward_flops(model, run.seq_len), attention_flops(model, run.seq_len)
+    backward = 2 * attention + (1 + model.trainable / model.parameters) * (forward - attention)
+    again = forward if run.levers.gradient_checkpointing else 0
     tiles = 0 if run.levers.mlp_tile is None else 6 * run.seq_len * model.hidden * model.mlp * model.layers
-    return (3 + again) * forward + tiles
+    return forward + backward + again + tiles
 
 
 def utilisation(seq_len: int) -> float:

@@ -95,9 +95,9 @@ def _for_the_backward_pass(levers: Levers) -> Iterator[Lever]:
     elif not levers.offload_activations:
         yield Lever("offload of layer inputs", {"offload_activations": True})
     if levers.strategy == "deepspeed" and levers.zero_stage and not levers.offload_optimizer:
-        yield Lever("offload of the optimizer", {"offload_optimizer": True})
+        yield Lever("offload of the optimizer", {"own": True, "offload_optimizer": True})
     if levers.strategy == "deepspeed" and levers.zero_stage == 3 and not levers.offload_parameters:
-        yield Lever("offload of the weights", {"offload_parameters": True})
+        yield Lever("offload of the weights", {"own": True, "offload_parameters": True})
 
 
 def keys(before: Levers, after: Levers) -> list[str]:

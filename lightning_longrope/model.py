@@ -356,7 +356,7 @@ def load_model(
     kind = _dtype(dtype)
     how = {"dtype": kind, "attn_implementation": _attention(attn_implementation, kind)}
     if config is not None:
-        return AutoModelForCausalLM.from_config(_config_of(config), **how)
+        return AutoModelForCausalLM.from_config(new_config(config), **how)
     path = Path(str(name_or_path))
     if is_checkpoint(path):
         return _load_checkpoint(path, how)
@@ -413,7 +413,7 @@ def _attention(implementation: str, dtype: torch.dtype) -> str | None:
     return "flash_attention_2" if flash else None
 
 
-def _config_of(entries: dict[str, Any]) -> Any:
+def new_config(entries: dict[str, Any]) -> Any:
     """A config object from its fields.
 
     Raises:

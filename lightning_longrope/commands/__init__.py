@@ -8,7 +8,7 @@ import warnings
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_longrope.cli import LongRoPECLI
-from lightning_longrope.commands import data, evaluation, export, generate, recipe, report, tokenize, train
+from lightning_longrope.commands import data, estimate, evaluation, export, generate, recipe, report, tokenize, train
 
 log = logging.getLogger("lightning_longrope")
 
@@ -22,7 +22,7 @@ def run_command(command: str, arguments: list[str]) -> int:
     _quiet()
     known = {**dict.fromkeys(LongRoPECLI.subcommands(), train.trainer), "run": recipe.run}
     known |= {"data": data.data, "eval": evaluation.evaluate, "export": export.export, "report": report.report}
-    known |= {"generate": generate.generate, "tokenize": tokenize.tokenize}
+    known |= {"generate": generate.generate, "tokenize": tokenize.tokenize, "estimate": estimate.estimate}
     try:
         if command not in known:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(known)}.")

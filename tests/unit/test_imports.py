@@ -15,9 +15,9 @@ PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
     | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory", "memory"}
-    | {"checkpoints", "lora"},
+    | {"checkpoints", "estimate", "levers", "lora", "run_settings"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
-    | {"generating", "reporting", "isolation", "layers", "sequence_parallel"},
+    | {"generating", "reporting", "isolation", "layers", "sequence_parallel", "sizes"},
     {"module", "datamodules", "callbacks", "harness", "tracking", "strategies"},
     {"export", "recipes"},
     {"cli"},
@@ -26,7 +26,10 @@ FLOORS = [  # each may import from its own floor and those before it
 ]
 LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "tracking", "strategies", "cli", "commands"}
 TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary", "objectives"} | {
-    "summary"
+    "summary",
+    "levers",
+    "estimate",
+    "run_settings",
 }
 
 

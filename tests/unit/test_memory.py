@@ -1,21 +1,19 @@
-"""Savings of memory in training: the same gradients for less memory, as torch's own tracker sees it."""
+"""Savings of memory in training: the same gradients for less memory, counted on the storages that are alive."""
 
 import copy
-import weakref
 
 import pytest
 import torch
 from helpers import LLAMA
+from live_bytes import LiveBytes
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_longrope import LongRoPEModule, memory
+from lightning_longrope.layers import decoder_layers
 from lightning_longrope.losses import chunked_nll
 from lightning_longrope.memory import Memory, save_memory
 from lightning_longrope.model import hidden_states, load_model, output_head
-from lightning_longrope.module import decoder_layers
 
 FAMILIES = {
     "llama": {},
@@ -62,30 +60,6 @@ def test_gradients_are_those_of_a_plain_step(name):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6, msg=f"{saving}: {weight}")
             compared += bool(theirs.grad.abs().max() > 1e-4)
         assert compared > 12
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operators have made and that are still alive, but for a model's weights."""
-
-    now = most = 0
-
-    def __init__(self, model):
-        super().__init__()
-        self.known = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        return output
-
-    def free(self, key, size):
-        self.known.remove(key)
-        self.now -= size
 
 
 TOKENS, HIDDEN, MLP = 1536, 32, 256

@@ -1,0 +1,90 @@
+"""The geometry of a model from its config, without a weight: what ``estimate`` counts with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
+from lightning_longrope.estimate import ModelSize
+from lightning_longrope.geometry import config_fields
+from lightning_longrope.layers import decoder_layers
+from lightning_longrope.lora import LoRA, add_adapters
+from lightning_longrope.model import new_config
+
+
+def read_config(
+    name_or_path: str | Path | None, config: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The Hugging Face config of what ``load_model`` would load.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if config is not None:
+        return new_config(config)
+    path = Path(str(name_or_path))
+    if is_checkpoint(path):
+        entries = dict(read_checkpoint(path)[0]["config"])
+        return AutoConfig.for_model(entries.pop("model_type"), **entries)
+    try:
+        return AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"Cannot read the config of the model {str(name_or_path)!r}: {first}") from error
+
+
+def model_size(config: Any, lora: LoRA | None = None, trust_remote_code: bool = False) -> ModelSize:
+    """Counts a model's parameters and reads its widths.
+
+    Args:
+        config: Config of a Hugging Face causal language model.
+        lora: Adapters it is to get.
+        trust_remote_code: Let a hub model run its own code.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+    if lora is not None:
+        add_adapters(model, lora)
+    layers, fields = decoder_layers(model), config_fields(config)
+    chosen, heads = _experts(fields), fields["num_attention_heads"]
+    head_size = fields.get("head_dim") or fields["hidden_size"] // heads
+    inside = [(name, p.numel()) for name, p in layers.named_parameters()]
+    return ModelSize(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        per_token=round(sum(count * (chosen if ".experts." in name else 1) for name, count in inside)),
+        layers=len(layers),
+        hidden=fields["hidden_size"],
+        mlp=_mlp_width(fields),
+        query=heads * head_size,
+        keys=(fields.get("num_key_value_heads") or heads) * head_size,
+        vocabulary=fields["vocab_size"],
+        heads=heads,
+        windows=_windows(fields, len(layers)),
+    )
+
+
+def _experts(fields: dict[str, Any]) -> float:
+    """Share of the experts that a token goes through."""
+    count = fields.get("num_local_experts") or fields.get("num_experts") or fields.get("n_routed_experts")
+    return fields["num_experts_per_tok"] / count if count else 1.0
+
+
+def _mlp_width(fields: dict[str, Any]) -> int:
+    names = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
+    width = next((fields[name] for name in names if fields.get(name)), 4 * fields["hidden_size"])
+    if experts := fields.get("num_experts_per_tok"):
+        shared = fields.get("shared_expert_intermediate_size") or 0
+        width = experts * (fields.get("moe_intermediate_size") or width) + shared
+    return int(width)
+
+
+def _windows(fields: dict[str, Any], layers: int) -> tuple[int, ...]:
+    window, kinds = fields.get("sliding_window"), fields.get("layer_types")
+    if not window or fields.get("use_sliding_window") is False:
+        return ()
+    return (window,) * (layers if kinds is None else kinds.count("sliding_attention"))
