@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
@@ -464,7 +471,8 @@ def _load_checkpoint(path: Path, how: dict[str, Any]) -> PreTrainedModel:
     if (adapters := saved.get("lora")) is not None:
         weights = merged_weights(weights, LoRA(**adapters))
     if is_deepspeed_zero3_enabled():  # which takes weights while it partitions the model
-        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=weights, **how)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = kind.from_pretrained(None, config=config, state_dict=weights, **how)
     else:
         model = AutoModelForCausalLM.from_config(config, **how)
         model.load_state_dict(weights, strict=True)

@@ -236,7 +236,7 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
 
     def _check_resumable(self, path: Path) -> None:
         """Refuses checkpoints of other kinds with a remedy."""
-        remedy = "to go on from its weights alone, give it as `model.name_or_path`"
+        remedy = "give it as `model.name_or_path` to go on from its weights alone"
         if not is_deepspeed(path):
             raise ValueError(f"{path} is no folder that DeepSpeed has written: {remedy}.")
         if self._stage not in saved_stages(path):
@@ -265,27 +265,27 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
         folder = path.with_name(f"{path.name}.universal")
         outcome = folder / "outcome"
         if self.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         self.barrier()
         if self.is_global_zero:
             write_text(outcome, convert_to_universal(path, folder / "checkpoint"))
         while not outcome.exists():  # for longer than a collective may take
             time.sleep(0.2)
-        if failure := outcome.read_text(encoding="utf-8"):
-            raise ValueError(
-                f"{path} was saved by {saved_ranks(path)} ranks and cannot be resumed by {self.world_size}: DeepSpeed"
-                f" converts the states of Adam optimizers only ({failure}). Resume it with as many ranks, or give it as"
-                " `model.name_or_path` to go on from its weights."
-            )
         engine = self.deepspeed_engine
-        engine._config.load_universal_checkpoint = True
         try:
+            if failure := outcome.read_text(encoding="utf-8"):
+                raise ValueError(
+                    f"{path} was saved by {saved_ranks(path)} ranks and cannot be resumed by {self.world_size}:"
+                    f" DeepSpeed, which converts the states of Adam optimizers, failed ({failure}). Resume it with as"
+                    " many ranks, or give it as `model.name_or_path` to go on from its weights alone."
+                )
+            engine._config.load_universal_checkpoint = True
             yield folder
         finally:
             engine._config.load_universal_checkpoint = False
             self.barrier()
             if self.is_global_zero:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
 
 
 def _remove(path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from lightning_longrope import callbacks, datamodules
+from lightning_longrope import callbacks, datamodules, strategies
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands.export import export_arguments
 from lightning_longrope.commands.recipe import stage_words
@@ -16,6 +16,7 @@ from lightning_longrope.recipes import read_recipe
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.parent for path in (ROOT / "configs").glob("*/1-*.yaml"))
 FRAGMENTS = sorted([*(ROOT / "callbacks").glob("*.yaml"), *(ROOT / "datamodules").glob("*.yaml")])
+STRATEGIES = sorted((ROOT / "configs" / "strategies").glob("*.yaml"))
 LINKED = {"tokenizer"}  # a fragment must not set these: Lightning drops a linked argument that a file sets
 
 
@@ -88,3 +89,27 @@ def test_a_fragment_shows_every_argument_with_its_default_and_builds(path, tmp_p
     cli = Built(words)
     built = cli.trainer.callbacks if path.parent.name == "callbacks" else [cli.datamodule]
     assert any(type(part) is cls for part in built)
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
+def test_a_strategy_builds_by_its_short_name(path, tmp_path):
+    words = ["fit", "--trainer.strategy", str(path), "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    words += ["--data", "lightning_longrope.datamodules.SampleTextDataModule", "--model.config", "{model_type: llama}"]
+    strategy = Built([*words, f"--trainer.default_root_dir={tmp_path}"]).trainer.strategy
+    fragment = yaml.safe_load(path.read_text())
+    assert type(strategy).__name__ == fragment["class_path"]
+    if "deepspeed" in path.stem:
+        zero = strategy.config["zero_optimization"]
+        assert zero["stage"] == fragment["init_args"]["stage"]
+        assert ("offload_optimizer" in zero) == ("offload" in path.stem)
+
+
+def test_a_strategy_shows_every_argument_with_its_default():
+    for name, cls in (("deepspeed_zero3", "LongContextDeepSpeedStrategy"), ("fsdp2", "LongContextFSDP2Strategy")):
+        shown = yaml.safe_load((ROOT / "configs" / "strategies" / f"{name}.yaml").read_text())["init_args"]
+        named = inspect.signature(getattr(strategies, cls).__init__).parameters.values()
+        defaults = {p.name: p.default for p in named if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
+        assert len(STRATEGIES) == 4
+        assert set(shown) == set(defaults) - {"process_group_backend"}
+        for argument, value in shown.items():
+            assert argument == "stage" or value in (defaults[argument], str(defaults[argument])), argument
