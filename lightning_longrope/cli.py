@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_longrope.callbacks.comparison import (
     METHODS,
+    SECOND,
     MethodComparison,
     MethodResults,
     method_tables,
@@ -63,6 +64,9 @@ class LongRoPETrainer(Trainer):
     ) -> None:
         """Measures methods of extension on the same documents, with the measuring callbacks of the trainer.
 
+        On a model that brings factors for a shorter window than ``target_length`` the methods multiply those factors,
+        and are called ``second_none``, ``second_linear`` and so on.
+
         Args:
             model: Module around the pretrained model; the methods and ``factors`` are installed in it.
             datamodule: Gives the documents.
@@ -79,8 +83,14 @@ class LongRoPETrainer(Trainer):
         if target_length <= original:
             raise ValueError(f"`target_length` ({target_length}) must be longer than the model's window ({original}).")
         loaded = {name: LengthTables.load(path) for name, path in (factors or {}).items()}
+        earlier = installed_factors(model.model)
+        if earlier is not None and (earlier.is_identity or earlier.target_length >= target_length):
+            earlier = None
         tables: dict[str, TableAt | None] = {
-            method: method_tables(method, model.model.config, target_length) for method in methods
+            f"{SECOND}{method}" if earlier else method: method_tables(
+                method, model.model.config, target_length, earlier
+            )
+            for method in methods
         }
         tables |= {name: given.for_length for name, given in loaded.items()}
         folder = Path(self.default_root_dir) / "eval"

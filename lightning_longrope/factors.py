@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,20 @@ class RescaleFactors:
             return cls(**{**data, "values": tuple(float(value) for value in data["values"])})
         except TypeError as error:
             raise ValueError(f"Rescale factors need a list of numbers and whole lengths, got {dict(data)}.") from error
+
+    def on_top_of(self, earlier: "RescaleFactors") -> "RescaleFactors":
+        """These factors as a second extension: values and attention factors multiply, start tokens are the earlier's.
+
+        Args:
+            earlier: The factors of a model that reads ``original_length`` tokens of these.
+        """
+        return replace(
+            self,
+            values=tuple(one * other for one, other in zip(earlier.values, self.values, strict=True)),
+            original_length=earlier.original_length,
+            start_tokens=earlier.start_tokens,
+            attention_factor=earlier.attention_factor * self.attention_factor,
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the factors as JSON, in full or not at all."""

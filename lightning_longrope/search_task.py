@@ -101,24 +101,15 @@ def _formulas(space: SearchSpace, base: RescaleFactors | None) -> dict[str, Resc
     tables = {name: getattr(RescaleFactors, name)(**shape) for name in FORMULAS}
     if base is None:
         return tables
-    return {
-        f"second_{name}": _on_top(
-            base, replace(table, start_tokens=base.start_tokens, attention_factor=_product(base, table))
-        )
-        for name, table in tables.items()
-    }
-
-
-def _product(base: RescaleFactors, table: RescaleFactors) -> float:
-    return base.attention_factor * table.attention_factor
+    return {f"second_{name}": table.on_top_of(base) for name, table in tables.items()}
 
 
 def _on_top(base: RescaleFactors | None, table: RescaleFactors) -> RescaleFactors:
     """The product of two tables, for the window of the second; start tokens and attention factor are the second's."""
     if base is None:
         return table
-    values = tuple(one * other for one, other in zip(base.values, table.values, strict=True))
-    return replace(table, values=values, original_length=base.original_length)
+    both = table.on_top_of(base)
+    return replace(both, start_tokens=table.start_tokens, attention_factor=table.attention_factor)
 
 
 def _attention(

@@ -23,6 +23,8 @@ from lightning_longrope.model import rope_geometry
 log = logging.getLogger(__name__)
 
 METHODS = ("none", "linear", "ntk", "dynamic_ntk", "yarn")
+SECOND = "second_"
+"""What the names of methods begin with where they extend a model a second time."""
 
 
 @dataclass
@@ -56,7 +58,7 @@ class MethodResults:
         )
 
 
-def method_tables(method: str, config: Any, target_length: int) -> TableAt:
+def method_tables(method: str, config: Any, target_length: int, earlier: RescaleFactors | None = None) -> TableAt:
     """The factors of a published method for sequences of each length.
 
     Only ``dynamic_ntk`` depends on the length: its table is rebuilt for every sequence.
@@ -65,6 +67,7 @@ def method_tables(method: str, config: Any, target_length: int) -> TableAt:
         method: One of ``METHODS``.
         config: Hugging Face config of the model.
         target_length: Window to reach in tokens.
+        earlier: Factors of the model for a shorter window, which those of the method multiply.
 
     Raises:
         ValueError: If there is no such method.
@@ -75,13 +78,17 @@ def method_tables(method: str, config: Any, target_length: int) -> TableAt:
     shape: dict[str, Any] = {
         "rotary_size": geometry.rotary_size,
         "base": geometry.base,
-        "original_length": geometry.original_length,
+        "original_length": earlier.target_length if earlier else geometry.original_length,
     }
-    build = getattr(RescaleFactors, method)
+
+    def table(length: int) -> RescaleFactors:
+        found: RescaleFactors = getattr(RescaleFactors, method)(**shape, target_length=length)
+        return found.on_top_of(earlier) if earlier else found
+
     if method == "dynamic_ntk":
-        return lambda length: build(**shape, target_length=max(length, geometry.original_length))
-    table = build(**shape, target_length=target_length)
-    return lambda length: table
+        return lambda length: table(max(length, shape["original_length"]))
+    fixed = table(target_length)
+    return lambda length: fixed
 
 
 class MethodComparison(Callback):
@@ -164,11 +171,11 @@ def write_results(folder: Path, methods: Mapping[str, MethodResults], baselines:
     Args:
         folder: Where to write.
         methods: What was measured, by method.
-        baselines: Methods that the others are held against.
+        baselines: Methods that the others are held against, of a second extension too.
     """
     rows = [(method, row) for method, found in methods.items() for row in found.rows]
-    theirs = {name: methods[name] for name in baselines if name in methods}
-    for method in [name for name in methods if name not in baselines]:
+    theirs = {name: methods[name] for name in methods if name.removeprefix(SECOND) in baselines}
+    for method in [name for name in methods if name not in theirs]:
         rows += [(method, row) for row in paired_rows(methods[method], theirs)]
     _write_table(folder / "results.csv", Measurement, rows)
     positions = [(method, row) for method, found in methods.items() for row in found.positions]
@@ -188,7 +195,7 @@ def paired_rows(ours: MethodResults, baselines: Mapping[str, MethodResults]) -> 
         others = {name: found.sums.get((metric, length)) for name, found in baselines.items()}
         same = {name: other for name, other in others.items() if other is not None and other.weight == sums.weight}
         best = min(same, key=lambda name: sum(same[name].nll), default=None)
-        for name in [name for name in same if name in ("yarn", best)]:
+        for name in [name for name in same if name in ("yarn", f"{SECOND}yarn", best)]:
             ratio = paired_ratio(sums, same[name])
             rows.append(Measurement(f"{metric}_over_{name}", length, None, *ratio, n=len(sums.weight)))
     return rows

@@ -4,8 +4,11 @@ import csv
 import math
 
 import pytest
+from helpers import LLAMA
+from transformers import LlamaConfig
 
-from lightning_longrope.callbacks.comparison import MethodResults, paired_rows, write_results
+from lightning_longrope.callbacks.comparison import MethodResults, method_tables, paired_rows, write_results
+from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean
 
 
@@ -37,6 +40,24 @@ def test_a_method_is_held_against_yarn_and_the_best_baseline():
     assert [row.metric for row in paired_rows(results([28.0, 19.0, 46.0]), baselines)] == ["perplexity_over_yarn"]
 
 
+def test_methods_extend_a_model_a_second_time_on_top_of_its_factors():
+    config, pairs = LlamaConfig(**LLAMA), 8
+    earlier = RescaleFactors((1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0), 32, 128, start_tokens=2, attention_factor=1.2)
+    again = method_tables("linear", config, 512, earlier)(64)
+    assert again.values == tuple(4 * value for value in earlier.values)
+    assert (again.original_length, again.target_length, again.start_tokens) == (32, 512, 2)
+    assert again.attention_factor == 1.2
+    yarn, ntk = (method_tables(name, config, 512, earlier)(64) for name in ("yarn", "ntk"))
+    assert yarn.attention_factor == pytest.approx(1.2 * (0.1 * math.log(4) + 1))
+    # the slow end of YaRN is slowed 4 times, and NTK's ramp is a power of the extension ratio
+    assert yarn.values[-1] == pytest.approx(16.0)
+    assert ntk.values == pytest.approx([value * 4 ** (i / (pairs - 1)) for i, value in enumerate(earlier.values)])
+    assert method_tables("none", config, 512, earlier)(64).values == earlier.values
+    dynamic = method_tables("dynamic_ntk", config, 512, earlier)
+    assert dynamic(100).values == earlier.values  # within the window that the model reads already
+    assert dynamic(512).values == pytest.approx(ntk.values)
+
+
 def test_tables_of_a_comparison(tmp_path):
     write_results(tmp_path, {"yarn": results([30.0, 20.0, 50.0]), "searched": results([28.0, 19.0, 46.0])})
     rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
@@ -51,3 +72,7 @@ def test_tables_of_a_comparison(tmp_path):
     positions = list(csv.DictReader((tmp_path / "positions.csv").read_text().splitlines()))
     assert list(positions[0]) == ["method", "length", "start", "end", "nll", "low", "high", "n"]
     assert [row["method"] for row in positions] == ["yarn", "searched"]
+    second = {f"second_{name}": results(nll) for name, nll in (("yarn", [30, 20, 50]), ("searched", [28, 19, 46]))}
+    write_results(tmp_path, second)
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert [row["metric"] for row in rows if "over" in row["metric"]] == ["perplexity_over_second_yarn"]
