@@ -8,17 +8,20 @@ not at all if a cache or a mask is given. Here the bounds of the documents reach
   type by one call of torch's own variable-length FlashAttention. Plain batches go through it untouched.
 - FlexAttention builds its sparse mask from the positions.
 
-The work and memory are those of the documents alone. That a model took the bounds is proved before they are relied on.
+Plain rows of models with sliding windows go the same way, as one document each: of a window Hugging Face makes a dense
+mask too. The work and memory are those of the documents alone. That a model took the bounds is proved before they are
+relied on.
 
 Shapes: B rows, S tokens of a row, H query heads, D head size, K documents of a batch.
 """
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+log = logging.getLogger(__name__)
 
 SUFFIX = "_by_document"
 """What the name of an attention implementation gains when ours takes its place."""
@@ -58,6 +63,45 @@ class Stretches:
         """First token of each document and the one after its last; waits for the device once."""
         values = self.cu_seq_lens.tolist()
         return list(zip(values, values[1:], strict=False))
+
+
+def plain_rows(model: PreTrainedModel, input_ids: Tensor) -> Stretches | None:
+    """Rows of one document each, where that spares the dense mask that Hugging Face makes of a sliding window.
+
+    Args:
+        model: A Hugging Face causal language model.
+        input_ids: Tokens, [B, S] int64.
+
+    Returns:
+        None where the attention makes no mask: without windows shorter than the rows, or with kernels that have them.
+    """
+    rows, length = input_ids.shape
+    window = shortest_window(model.config)
+    if window is None or length <= window or not model.config._attn_implementation.startswith(("sdpa", "eager")):
+        return None
+    try:
+        _prepare(model)
+    except RuntimeError:
+        _warn_of_mask(type(model).__name__)
+        return None
+    return Stretches(torch.arange(rows + 1, device=input_ids.device, dtype=torch.int32) * length, length)
+
+
+def shortest_window(config: Any) -> int | None:
+    """Tokens that a layer with a sliding window sees, None where all layers see all tokens."""
+    config = config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    switched_off = getattr(config, "use_sliding_window", True) is False
+    return None if switched_off or (kinds is not None and "sliding_attention" not in kinds) else window
+
+
+@cache
+def _warn_of_mask(model: str) -> None:
+    log.warning(
+        "%s takes no bounds of rows, so transformers builds a dense mask for its sliding windows, S x S for rows of S"
+        " tokens; choose `attn_implementation` flash_attention_2 or flex_attention for long rows.",
+        model,
+    )
 
 
 @contextmanager
@@ -240,13 +284,15 @@ def _prove(model: PreTrainedModel) -> None:
     """
     embedding = model.get_input_embeddings().weight
     device, modes = embedding.device, [(module, module.training) for module in model.modules()]
-    stretches = Stretches(torch.tensor([0, 5, 12], dtype=torch.int32, device=device), 7)
-    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].to(device)
+    rows = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rows", None) or 1  # it may have a table for each
+    bounds = [12 * row + start for row in range(rows) for start in (0, 5)]
+    stretches = Stretches(torch.tensor([*bounds, 12 * rows], dtype=torch.int32, device=device), 7)
+    positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(rows, -1).to(device)
     found = []
     model.eval()
     try:
         for first in (1, 2):
-            tokens = torch.full((1, 12), first, device=device)
+            tokens = torch.full((rows, 12), first, device=device)
             tokens[:, 5:] = 3
             with isolated_documents(model, stretches) as keywords, torch.compiler.set_stance("force_eager"):
                 output = model.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False, **keywords)

@@ -29,7 +29,7 @@ from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
-from lightning_longrope.isolation import Stretches, isolated_documents
+from lightning_longrope.isolation import Stretches, isolated_documents, plain_rows
 from lightning_longrope.lora import LoRA, merged_weights
 from lightning_longrope.rotary import RescaledRotary
 from lightning_longrope.sequence_parallel import sequence_group, shared_rows
@@ -304,9 +304,12 @@ def hidden_states(
     inputs = {"input_ids": input_ids, "position_ids": position_ids}
     isolation: AbstractContextManager[dict[str, Any]] = nullcontext({})
     sharing: AbstractContextManager[dict[str, Any]] = nullcontext({})
+    shared = sequence_group(model).size > 1
+    if stretches is None and position_ids is None and not shared:
+        stretches = plain_rows(model, input_ids)
     if stretches is not None:
         isolation = isolated_documents(model, stretches)
-    if sequence_group(model).size > 1:
+    if shared:
         sharing = shared_rows(model, input_ids, position_ids, stretches)
     with isolation as apart, sharing as share:
         return model.get_decoder()(**{**inputs, **apart, **share}, use_cache=False).last_hidden_state

@@ -11,8 +11,15 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_longrope import isolation
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.isolation import Stretches
-from lightning_longrope.model import hidden_states, install_factors, load_model, original_rope, output_head
+from lightning_longrope.isolation import Stretches, shortest_window
+from lightning_longrope.model import (
+    candidate_rows,
+    hidden_states,
+    install_factors,
+    load_model,
+    original_rope,
+    output_head,
+)
 
 SIZES = (3, 9, 1, 11, 24)  # two rows of 24 tokens
 ROWS, LENGTH = 2, 24
@@ -98,6 +105,49 @@ def test_no_tensor_grows_with_the_square_of_the_row():
         model(tokens, position_ids=positions, use_cache=False, logits_to_keep=1)
     assert ours.elements <= length * 96  # the widest layer
     assert plain.elements >= length * length  # what transformers makes of such positions
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "gemma2"])
+def test_plain_long_rows_make_no_dense_mask_either(name):
+    """A training step of plain rows: transformers makes a mask over all tokens of a sliding window."""
+    model, length = model_of(name, attn_implementation="sdpa").train(), 400
+    twin, tokens = copy.deepcopy(model), torch.randint(1, 96, (2, length), generator=torch.Generator().manual_seed(1))
+    hidden_states(model, tokens[:, :16])  # which proves that bounds are taken
+    with LargestTensor() as ours:
+        found = hidden_states(model, tokens)
+        found.square().sum().backward()
+    assert ours.elements <= 2 * length * 192  # the widest layer
+    with LargestTensor() as plain:
+        expected = twin.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    assert (plain.elements >= length * length) == (shortest_window(model.config) is not None)
+    expected.square().sum().backward()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_rows_with_tables_of_their_own_make_no_dense_mask_either():
+    """As in a search, whose first forward may be the first of all."""
+    model, shape = model_of("mistral"), {"rotary_size": 16, "base": 10_000.0, "original_length": 32}
+    tables = [RescaleFactors.yarn(target_length=length, **shape) for length in (64, 256)]
+    tokens = torch.randint(1, 96, (2, 40), generator=torch.Generator().manual_seed(1))
+    with candidate_rows(model, tables):
+        found = hidden_states(model, tokens)
+    for row, table in enumerate(tables):
+        install_factors(model, table)
+        alone = model.get_decoder()(input_ids=tokens[row : row + 1], use_cache=False).last_hidden_state
+        torch.testing.assert_close(found[row], alone[0], rtol=0, atol=1e-5)
+
+
+def test_a_sliding_window_without_bounds_is_told_of(caplog, monkeypatch):
+    model, tokens = model_of("mistral"), torch.ones(1, 40, dtype=torch.long)
+    monkeypatch.setattr(isolation, "_keywords", lambda *arguments: {})  # a model that takes no keywords
+    with caplog.at_level("WARNING"):
+        found = hidden_states(model, tokens)
+    assert "MistralForCausalLM takes no bounds of rows" in caplog.text
+    assert found.shape == (1, 40, 64)
 
 
 def test_a_model_that_takes_no_bounds_is_refused_and_a_foreign_attention_too():
