@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import is_flash_attn_2_available
 
+from lightning_longrope.attention import choose_attention, say_attention
 from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.generating import follow_tables
@@ -364,7 +364,16 @@ def load_model(
     if (name_or_path is None) == (config is None):
         raise ValueError("Give either a model's name or path, or a `config` for random weights.")
     kind = _dtype(dtype)
-    how = {"dtype": kind, "attn_implementation": _attention(attn_implementation, kind)}
+    kernel, reason = choose_attention(attn_implementation, kind)
+    model = _loaded(name_or_path, config, {"dtype": kind, "attn_implementation": kernel}, trust_remote_code)
+    say_attention(model, reason)
+    return model
+
+
+def _loaded(
+    name_or_path: str | Path | None, config: dict[str, Any] | None, how: dict[str, Any], trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model of one of the two sources."""
     if config is not None:
         return AutoModelForCausalLM.from_config(new_config(config), **how)
     path = Path(str(name_or_path))
@@ -413,14 +422,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise ValueError(f"`dtype` must be the name of a floating type such as 'float32' or 'bfloat16', got {dtype!r}.")
     return kind
-
-
-def _attention(implementation: str, dtype: torch.dtype) -> str | None:
-    """The attention kernel that `auto` stands for; None leaves it to transformers, which takes sdpa where it can."""
-    if implementation != "auto":
-        return implementation
-    flash = torch.cuda.is_available() and is_flash_attn_2_available() and dtype in (torch.float16, torch.bfloat16)
-    return "flash_attention_2" if flash else None
 
 
 def new_config(entries: dict[str, Any]) -> Any:
