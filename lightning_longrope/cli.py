@@ -1,6 +1,7 @@
 """LightningCLI around this package: a trainer that searches and compares, and errors of one line."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,12 @@ from lightning_longrope.callbacks.comparison import (
 from lightning_longrope.callbacks.factor_search import FactorSearch
 from lightning_longrope.callbacks.harness_tasks import HarnessTasks
 from lightning_longrope.callbacks.measurement import MeasuringCallback, TableAt
+from lightning_longrope.callbacks.peer_watch import PeerWatch
 from lightning_longrope.callbacks.retrieval import RetrievalCallback
 from lightning_longrope.files import write_text
 from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
+from lightning_longrope.peers import launched
 from lightning_longrope.redaction import redact
 from lightning_longrope.reporting.results import Results, read_results
 from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy  # noqa: F401 - by name in configs
@@ -248,6 +251,7 @@ class LongRoPECLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"model": {"class_path": "lightning_longrope.LongRoPEModule"}})
+        parser.add_lightning_class_args(PeerWatch, "peers")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -257,6 +261,7 @@ class LongRoPECLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         trainer = config.trainer
+        take_launched_processes(trainer)
         keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
         if str(trainer.precision).startswith("bf16") and not bf16_runs():
             log.info("This processor has no bf16: going on in float32 (trainer.precision=32-true).")
@@ -277,6 +282,40 @@ class LongRoPECLI(LightningCLI):
         if not self.check:
             super()._run_subcommand(subcommand)
             finish(self.trainer)
+
+
+def take_launched_processes(trainer: Any) -> None:
+    """Fills in how many nodes and processes a launcher (torchrun, srun) has started, where that is left open.
+
+    Args:
+        trainer: The ``trainer`` part of a configuration; ``num_nodes`` and ``devices`` are set in place.
+
+    Raises:
+        ValueError: If the configuration asks for others than were started.
+    """
+    environment = launched()
+    if environment is None:
+        return
+    nodes = launched_nodes()
+    each = environment.world_size() // nodes
+    if trainer.num_nodes == 1:
+        trainer.num_nodes = nodes
+    if str(trainer.devices) in ("auto", "-1"):
+        trainer.devices = each
+    devices = len(trainer.devices) if isinstance(trainer.devices, list) else int(trainer.devices)
+    if (trainer.num_nodes, devices) != (nodes, each):
+        raise ValueError(
+            f"{nodes} node(s) with {each} process(es) each were started, but the configuration asks for"
+            f" trainer.num_nodes {trainer.num_nodes} and trainer.devices {trainer.devices}: give --trainer.devices auto"
+            f" --trainer.num_nodes {nodes}, or start as many as it asks for."
+        )
+
+
+def launched_nodes() -> int:
+    """Number of nodes on which a launcher has started processes; torchrun says how many there are on each."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    return int(os.environ.get("SLURM_NNODES", "1"))
 
 
 def bf16_runs() -> bool:

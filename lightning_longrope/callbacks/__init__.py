@@ -7,6 +7,7 @@ from lightning_longrope.callbacks.key_value import KeyValueRetrieval
 from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback
 from lightning_longrope.callbacks.needle import NeedleRetrieval
 from lightning_longrope.callbacks.passkey import PasskeyRetrieval
+from lightning_longrope.callbacks.peer_watch import PeerWatch
 from lightning_longrope.callbacks.perplexity import PerplexityByLength
 from lightning_longrope.callbacks.prefix_perplexity import PrefixPerplexity
 from lightning_longrope.callbacks.sliding_perplexity import SlidingPerplexity
@@ -20,6 +21,7 @@ __all__ = [
     "MeasuringCallback",
     "NeedleRetrieval",
     "PasskeyRetrieval",
+    "PeerWatch",
     "PerplexityByLength",
     "PrefixPerplexity",
     "SlidingPerplexity",

@@ -5,8 +5,10 @@ import os
 import sys
 import warnings
 
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_longrope import peers
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands import data, estimate, evaluation, export, generate, recipe, report, tokenize, train
 
@@ -17,7 +19,8 @@ def run_command(command: str, arguments: list[str]) -> int:
     """Runs one command of the command line; see ``__main__``.
 
     Returns:
-        The exit status: 2 after one line on what the user can mend, which starts with ``longrope: error:``.
+        The exit status: 2 after one line on what the user can mend, which starts with ``longrope: error:``; 1 after
+        such a line on another process of the run that was lost.
     """
     _quiet()
     known = {**dict.fromkeys(LongRoPECLI.subcommands(), train.trainer), "run": recipe.run}
@@ -27,11 +30,14 @@ def run_command(command: str, arguments: list[str]) -> int:
         if command not in known:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(known)}.")
         known[command](command, arguments)
-    except (ValueError, OSError, MisconfigurationException) as error:
-        if os.environ.get("LONGROPE_TRACEBACK"):
+    except Exception as error:
+        lost = peers.explain(error)
+        mistake = isinstance(error, ValueError | OSError | MisconfigurationException)
+        if os.environ.get("LONGROPE_TRACEBACK") or not (lost or mistake):
             raise
-        sys.stderr.write(f"longrope: error: {' '.join(str(error).split())}\n")
-        return 2
+        if not (lost or isinstance(error, peers.DecidedError)):
+            sys.stderr.write(f"longrope: error: {' '.join(str(error).split())}\n")
+        return 1 if lost else 2
     return 0
 
 
@@ -45,7 +51,7 @@ def _quiet() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers = [handler]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
     log.propagate = False
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     for message in (

@@ -1,11 +1,22 @@
-"""``longrope run``: the numbered stages of a folder, in order."""
+"""``longrope run``: the numbered stages of a folder, in order.
+
+Where a launcher has started several processes, all of them run every stage together; what is finished and where a stage
+goes on is decided by the first, which alone exports, keeps ``done.json`` and ``run.json``, and writes the report. The
+output folder must be on a file system that all nodes share.
+"""
 
 import gc
+import json
 import logging
+import os
 import platform
+import secrets
 import shlex
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +25,7 @@ import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_longrope import __version__
+from lightning_longrope import __version__, peers
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands.export import CHECKPOINT, export_arguments, export_checkpoint
 from lightning_longrope.commands.parsing import Parser
@@ -23,6 +34,9 @@ from lightning_longrope.recipes import Stage, from_model, read_recipe, with_seed
 from lightning_longrope.redaction import redact_all
 
 log = logging.getLogger("lightning_longrope")
+
+_WITHIN = "LONGROPE_WITHIN"
+"""Tells processes that Lightning starts in the midst of a stage which one that is, and its words."""
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -42,7 +56,9 @@ def run(command: str, arguments: list[str]) -> None:
     stages = stages if given.seed is None else [with_seed(stage, given.seed) for stage in stages]
     for stage in stages:
         _check(stage, overrides)
-    pending = [stage for stage in stages if not _is_finished(stage)]
+    if (launcher := peers.launched()) is not None:
+        peers.connect(launcher)
+        _check_shared(out)
     record = {
         "recipe": str(given.recipe),
         "command": shlex.join(["longrope", command, *arguments]),
@@ -51,13 +67,11 @@ def run(command: str, arguments: list[str]) -> None:
         | {name: version(name) for name in ("torch", "lightning", "transformers")},
         "machine": _machine(),
     }
-    for number, stage in enumerate(stages, 1):
-        if stage in pending:
-            log.info("[%d/%d] %s (%s)", number, len(stages), stage.name, stage.command)
-            _run_stage(stage, overrides)
-        else:
-            log.info("[%d/%d] %s is finished, skipped", number, len(stages), stage.name)
+    for number, stage, words in _unfinished(stages, overrides):
+        log.info("[%d/%d] %s (%s)", number, len(stages), stage.name, stage.command)
+        _run_stage(stage, words)
         _write_record(out, record, stages)
+    _write_record(out, record, stages)
     if _is_main_process():
         from lightning_longrope.reporting import write_report
 
@@ -75,6 +89,62 @@ def _check(stage: Stage, overrides: list[str]) -> None:
             raise ValueError(f"`command` must be export or one of {', '.join(LongRoPECLI.subcommands())}.")
     except ValueError as error:
         raise ValueError(f"stage {stage.name}: {error}") from error
+
+
+def _check_shared(out: Path) -> None:
+    """Raises ValueError where this process does not see what the first one writes."""
+
+    def write() -> str:
+        out.mkdir(parents=True, exist_ok=True)
+        (mark := out / f".seen-{secrets.token_hex(8)}").touch()
+        return mark.name
+
+    mark, end = out / peers.decide(write), time.monotonic() + 10
+    try:
+        while not mark.exists():
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{socket.gethostname()} does not see {out.resolve()} of the first node: --out must name a folder"
+                    " on a file system that all nodes share."
+                )
+            time.sleep(0.2)
+        peers.wait()
+    finally:
+        if _is_main_process():
+            mark.unlink(missing_ok=True)
+
+
+def _unfinished(stages: list[Stage], overrides: list[str]) -> Iterator[tuple[int, Stage, list[str]]]:
+    """Number, stage and words of every stage that is not finished, the same on every process.
+
+    Raises:
+        ValueError: If a stage was finished with another configuration, or the nodes have different ones.
+    """
+    within = json.loads(os.environ.pop(_WITHIN, "null"))
+    if within is None:
+        theirs = peers.decide(lambda: [(stage.digest, _is_finished(stage)) for stage in stages])
+        if [digest for digest, _ in theirs] != [stage.digest for stage in stages]:
+            raise ValueError(f"{socket.gethostname()} has another recipe than the first node: give all nodes the same.")
+    try:
+        for number, stage in enumerate(stages, 1):
+            if within is not None and number < within[0]:
+                continue
+            if within is not None and number == within[0]:
+                words = within[1]
+            elif (words := peers.decide(partial(_words, stage, overrides))) is None:
+                log.info("[%d/%d] %s is finished, skipped", number, len(stages), stage.name)
+                continue
+            os.environ[_WITHIN] = json.dumps([number, words])
+            yield number, stage, words
+    finally:
+        os.environ.pop(_WITHIN, None)
+
+
+def _words(stage: Stage, overrides: list[str]) -> list[str] | None:
+    """The words of a stage, None if it is finished."""
+    if _is_finished(stage):
+        return None
+    return [] if stage.command == "export" else stage_words(stage, overrides)
 
 
 def _is_finished(stage: Stage) -> bool:
@@ -96,17 +166,18 @@ def stage_words(stage: Stage, overrides: list[str]) -> list[str]:
     return words
 
 
-def _run_stage(stage: Stage, overrides: list[str]) -> None:
+def _run_stage(stage: Stage, words: list[str]) -> None:
     begin = time.perf_counter()
-    if stage.command == "export":
+    if stage.command != "export":
+        LongRoPECLI(words)
+    elif _is_main_process():
         export_checkpoint(**export_arguments(stage))
-    else:
-        LongRoPECLI(stage_words(stage, overrides))
     # What a stage leaves in memory is no business of the next one.
     gc.collect()
     torch.compiler.reset()
+    seconds = round(time.perf_counter() - begin, 1)
+    peers.wait()  # a stage is finished when all have ended it
     if _is_main_process():
-        seconds = round(time.perf_counter() - begin, 1)
         write_json(stage.folder / "done.json", {"config": stage.digest, "seconds": seconds})
 
 

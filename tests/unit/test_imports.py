@@ -24,7 +24,7 @@ FLOORS = [  # each may import from its own floor and those before it
     {"commands"},
     {"__main__"},
 ]
-LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "tracking", "strategies", "cli", "commands"}
+LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "tracking", "strategies", "peers", "cli", "commands"}
 TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary", "objectives"} | {
     "summary",
     "levers",
