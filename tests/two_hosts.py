@@ -101,7 +101,9 @@ def forbidden() -> str | None:
         return str(error)
 
 
-def torchrun(hosts: list[Host], words: list[str], logs: Path, port: int, *options: str) -> list[subprocess.Popen[bytes]]:
+def torchrun(
+    hosts: list[Host], words: list[str], logs: Path, port: int, *options: str
+) -> list[subprocess.Popen[bytes]]:
     """Starts ``longrope`` with one process on each host; what it prints goes to ``logs/a.log`` and ``logs/b.log``."""
     logs.mkdir(parents=True, exist_ok=True)
     started = []

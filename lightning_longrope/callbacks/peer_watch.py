@@ -13,7 +13,8 @@ class PeerWatch(Callback):
     once. The commands of ``longrope`` have it always; give ``--peers.timeout`` there.
 
     Args:
-        timeout: Seconds of silence after which a process is lost; a shorter timeout of the strategy counts instead.
+        timeout: Seconds within which all end after one has fallen silent; a shorter timeout of the strategy counts
+            instead.
 
     Raises:
         ValueError: If the timeout is not positive.

@@ -72,7 +72,7 @@ def connect(environment: ClusterEnvironment, timeout: float = TIMEOUT) -> Peers:
 
     Args:
         environment: Knows the ranks. Every process must call this.
-        timeout: Seconds of silence after which a process is lost; the last one that is given counts.
+        timeout: Seconds within which all end after one has fallen silent; the last one that is given counts.
     """
     global _current
     if _current is None:

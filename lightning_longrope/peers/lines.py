@@ -18,9 +18,9 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 log = logging.getLogger("lightning_longrope")
 
 TIMEOUT = 600.0
-"""Seconds of silence after which a process is lost."""
+"""Seconds within which a run ends after one of its processes has fallen silent."""
 
-_GRACE = 20.0  # seconds between knowing of a loss and ending a process that is stuck
+_GRACE = 20.0  # most seconds between knowing of a loss and ending a process that is stuck
 _VERDICT = 5.0  # seconds by which the lines may be slower than a collective that breaks
 _AGAIN = "The same command goes on from what is saved."
 
@@ -115,7 +115,7 @@ class Peers:
         size: Number of processes.
         address: Host of rank 0.
         port: Port of the store there.
-        timeout: Seconds without a sign of life after which a process is lost.
+        timeout: Seconds within which all end after one of them has fallen silent; read anew while the run lasts.
 
     Attributes:
         loss: Who is lost, None as long as nobody is.
@@ -208,6 +208,10 @@ class Peers:
             self._closed = True
             self._send_all(bye=self.me.rank)
 
+    @property
+    def _grace(self) -> float:
+        return min(_GRACE, self.timeout / 4)
+
     def _next(self) -> int:
         self._number += 1
         return self._number
@@ -237,19 +241,26 @@ class Peers:
 
     def _await_all(self) -> None:
         number = self._next()
+        limit = self.timeout
         if self.me.rank == 0:
             self._arrived(number)
+        else:
+            limit += 10  # rank 0 knows who is missing, and says so
         with self._changed:
-            if not self._changed.wait_for(lambda: self.loss or number in self._values, self.timeout):
-                missing = sorted(set(range(1, self.size)) - {line.peer.rank for line in self._lines if line.peer})
-                raise LostPeerError(f"Of {self.size} processes rank {missing} did not come within {self.timeout:g} s.")
-        self._values.pop(number, None)
+            if not self._changed.wait_for(lambda: self.loss or number in self._values, limit):
+                missing = set(range(1, self.size)) - {line.peer.rank for line in self._lines if line.peer}
+                what = f"rank {', '.join(map(str, sorted(missing)))}, which did not come within {self.timeout:g} s"
+                self._end(f"has waited for {what}")
+                raise LostPeerError(f"{self.me} has waited for {what}.")
+        if number not in self._values:
+            raise LostPeerError(str(self.loss))
+        del self._values[number]
 
     def _attend(self) -> None:
         """The thread: listens, beats, and judges silence."""
         beaten = 0.0
         while not self._closed and self.loss is None:
-            interval = min(5.0, self.timeout / 4)
+            interval = min(5.0, self.timeout / 8)
             for key, _ in self._selector.select(interval):
                 if key.data is None:
                     self._accept()
@@ -293,7 +304,9 @@ class Peers:
         elif "bye" in message:
             self._drop(line)
         elif "lost" in message:
-            self._lose(Loss(Peer(**message["lost"]), message["what"], message["told"]))
+            lost = Peer(**message["lost"])
+            itself = line.peer is not None and lost.rank == line.peer.rank  # which does not know its address
+            self._lose(Loss(line.peer if itself and line.peer else lost, message["what"], message["told"]))
 
     def _arrived(self, number: int) -> None:
         """Counts, on the hub, who has come to a point; the last lets all go on."""
@@ -308,9 +321,9 @@ class Peers:
 
     def _judge_silence(self) -> None:
         for line in self._lines:
-            if line.peer is not None and time.monotonic() - line.heard > self.timeout:
-                what = f"has not answered for {self.timeout:g} s: its node is frozen or cut off"
-                self._lose(Loss(line.peer, what))
+            silence = time.monotonic() - line.heard
+            if line.peer is not None and silence > self.timeout - self._grace:
+                self._lose(Loss(line.peer, f"has not answered for {silence:.0f} s: its node is frozen or cut off"))
                 return
 
     def _lose(self, loss: Loss) -> None:
@@ -333,13 +346,14 @@ class Peers:
 
     def _end_at_last(self) -> None:
         """Ends the process if it has not ended by itself."""
-        time.sleep(min(_GRACE, self.timeout))
+        time.sleep(self._grace)
         if not self._closed:
             self.tell()
             os._exit(1)
 
     def _drop(self, line: _Line) -> None:
         self._selector.unregister(line.end)
+        line.end.close()
         if line in self._lines:
             self._lines.remove(line)
 
