@@ -80,6 +80,7 @@ def connect(environment: ClusterEnvironment, timeout: float = TIMEOUT) -> Peers:
         me, address = Peer(*ranks, socket.gethostname()), environment.main_address
         _current = Peers(me, environment.world_size(), address, environment.main_port, timeout)
         atexit.register(_leave)
+        _current.await_all()
     _current.timeout = timeout
     return _current
 

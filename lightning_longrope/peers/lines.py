@@ -119,9 +119,6 @@ class Peers:
 
     Attributes:
         loss: Who is lost, None as long as nobody is.
-
-    Raises:
-        LostPeerError: If not all processes come within the timeout.
     """
 
     def __init__(self, me: Peer, size: int, address: str, port: int, timeout: float) -> None:
@@ -150,7 +147,6 @@ class Peers:
         else:
             self._call(address)
         threading.Thread(target=self._attend, name="peers", daemon=True).start()
-        self._await_all()
 
     def decide(self, make: Callable[[], Any]) -> Any:
         """What ``make`` gives on rank 0, as JSON values, on every process; its ``ValueError`` is raised there too.
@@ -239,7 +235,12 @@ class Peers:
         self._lines.append(line)
         self._selector.register(line.end, selectors.EVENT_READ, line)
 
-    def _await_all(self) -> None:
+    def await_all(self) -> None:
+        """Waits until all processes have come; to be called first.
+
+        Raises:
+            LostPeerError: If not all come within the timeout.
+        """
         number = self._next()
         limit = self.timeout
         if self.me.rank == 0:
@@ -315,9 +316,9 @@ class Peers:
             if self._here[number] < self.size:
                 return
             del self._here[number]
+            self._send_all(number=number, decided={"value": None})
             self._values[number] = {"value": None}
             self._changed.notify_all()
-        self._send_all(number=number, decided={"value": None})
 
     def _judge_silence(self) -> None:
         for line in self._lines:
@@ -327,13 +328,13 @@ class Peers:
                 return
 
     def _lose(self, loss: Loss) -> None:
+        if self.loss is not None:
+            return
+        if self.me.rank == 0:  # first, for this process may end as soon as it knows
+            self._send_all(lost=asdict(loss.peer), what=loss.what, told=loss.told)
         with self._changed:
-            if self.loss is not None:
-                return
             self.loss = loss
             self._changed.notify_all()
-        if self.me.rank == 0:
-            self._send_all(lost=asdict(loss.peer), what=loss.what, told=loss.told)
 
     def _end(self, what: str) -> None:
         """Tells the others that this process ends with an error."""
