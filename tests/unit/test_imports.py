@@ -18,7 +18,7 @@ FLOORS = [  # each may import from its own floor and those before it
     | {"attention", "checkpoints", "estimate", "levers", "lora", "run_settings"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"generating", "reporting", "isolation", "layers", "sequence_parallel", "sizes"},
-    {"module", "datamodules", "callbacks", "harness", "tracking", "strategies"},
+    {"module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
     {"export", "recipes"},
     {"cli"},
     {"commands"},
