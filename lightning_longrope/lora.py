@@ -51,6 +51,8 @@ class LoRA:
             )
         if self.targets is not None and not self.targets:
             raise ValueError("`lora.targets` is empty: name layers such as q_proj, or leave it out.")
+        if self.targets is not None:  # files give lists, which have no hash
+            object.__setattr__(self, "targets", tuple(self.targets))
 
     @property
     def scale(self) -> float:

@@ -212,6 +212,10 @@ def test_what_cannot_be_adapted_is_refused_with_a_line(options, message):
         add_adapters(tiny_llama(tie_word_embeddings=True), LoRA(**options))
 
 
+def test_settings_read_from_a_file_are_those_written_in_python():
+    assert hash(LoRA(targets=["q_proj", "v_proj"])) == hash(LoRA(targets=("q_proj", "v_proj")))
+
+
 class Built(LongRoPECLI):
     def _run_subcommand(self, subcommand):
         pass
@@ -242,12 +246,13 @@ class Seeded(LongRoPEModule):
         super().configure_model()
 
 
-def samples(folder, devices, strategy):
-    """A few values of every parameter after two steps of SGD, as every strategy gathers them."""
+def samples(folder, devices, strategy, name):
+    """A few values of every parameter after two steps of SGD, as every strategy gathers them; and a checkpoint."""
     options = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.5), "schedule": Schedule("constant", 0)}
     made = Seeded(str(folder / "base"), lora=LoRA(targets=("q_proj", "lm_head")), **options)
     run = trainer(folder, max_steps=2, devices=devices, strategy=strategy, use_distributed_sampler=False)
     run.fit(made, random_loader(), random_loader())
+    run.save_checkpoint(folder / f"{name}.ckpt")
     return {name: _sample(parameter).tolist() for name, parameter in made.model.named_parameters()}
 
 
@@ -267,21 +272,25 @@ def cut_before_it_is_set(folder):
 def train_with_every_strategy(folder):
     strategies = {"ddp": "ddp", "fsdp2": LongContextFSDP2Strategy(), "zero2": LongContextDeepSpeedStrategy(2)}
     for name, strategy in {**strategies, "zero3": LongContextDeepSpeedStrategy(3, zero=PARTITIONED)}.items():
-        (folder / f"{name}{os.environ['RANK']}.json").write_text(json.dumps(samples(folder, 2, strategy)))
+        (folder / f"{name}{os.environ['RANK']}.json").write_text(json.dumps(samples(folder, 2, strategy, name)))
     cut_before_it_is_set(folder)
     (folder / f"cut{os.environ['RANK']}.json").write_text("{}")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_every_strategy_trains_the_same_adapters(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     with suppress(AssertionError):  # the log says more
         run_ranks(2, train_with_every_strategy, tmp_path, logs=tmp_path / "logs")
     assert (tmp_path / "cut0.json").exists(), (tmp_path / "logs" / "rank0.log").read_text()[-4000:]
-    alone = samples(tmp_path, 1, "auto")
+    alone = samples(tmp_path, 1, "auto", "alone")
+    expected = logits(load_model(tmp_path / "alone.ckpt"))
     for name in ("ddp", "fsdp2", "zero2", "zero3"):
         for rank in range(2):
             found = json.loads((tmp_path / f"{name}{rank}.json").read_text())
             assert found.keys() == alone.keys()
             for weight, values in alone.items():
                 assert found[weight] == pytest.approx(values, abs=2e-6), (name, weight)
+        merged = load_model(tmp_path / f"{name}.ckpt")
+        torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5, msg=name)
