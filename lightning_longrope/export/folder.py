@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_longrope.export.card import Origin, model_card
 from lightning_longrope.export.custom_code import code_class, write_code
 from lightning_longrope.export.lost import Loss, plain_tables, what_is_lost
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
+from lightning_longrope.files import write_text
 from lightning_longrope.lora import merged_weights
 from lightning_longrope.model import (
     PRETRAINED_ROPE,
@@ -44,13 +46,15 @@ def export_model(
     custom_code: bool = False,
     lossy: bool = False,
     example: Tensor | None = None,
+    origin: Origin | None = None,
 ) -> Path:
     """Writes a model with its installed factors as a Hugging Face folder, reads it back and compares the logits.
 
     The config has the rope type ``longrope`` and ``max_position_embeddings`` is the target length exactly, from which
     vLLM derives the ratio. ``rescale_factors.json`` next to it lets ``load_model`` restore the exact tables. A model
-    with identity factors, or none, is written with its own config; adapters are merged, in a copy. Nothing
-    half-written is left behind, and the model passed in stays as it is.
+    with identity factors, or none, is written with its own config; adapters are merged, in a copy. The longest text
+    that the tokenizer and ``generation_config`` allow follows the window. Nothing half-written is left behind, and the
+    model passed in stays as it is.
 
     Hugging Face has two tables, one within the pretrained window and one beyond, one attention factor for both, and no
     start tokens. What a model has beyond that is kept by ``custom_code``, or lost if ``lossy`` agrees to it.
@@ -64,6 +68,7 @@ def export_model(
             it. Software that does not gets what Hugging Face can say.
         lossy: Write what Hugging Face can say, although that is another model.
         example: Tokens of a text, [S] int64, on which what is lost is measured.
+        origin: Where the model comes from, for its card (``README.md``).
 
     Returns:
         The folder.
@@ -84,12 +89,15 @@ def export_model(
     with _written_whole(folder) as partial:
         if tables is not None and custom_code:
             write_code(partial, model, config, tables)
-        with _config_of(model, config):
+        with _configs_of(model, config, _generation_config(model, tables)):
             model.save_pretrained(partial)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, partial, config.get_text_config().max_position_embeddings)
         if kept is not None:
             kept.save(partial / FACTORS_FILE)
+            _save_csv(kept, partial)
+            card = model_card(folder.name, config.get_text_config(), kept, losses, custom_code, origin or Origin())
+            write_text(partial / "README.md", card)
         _verify(AutoModelForCausalLM, partial, model, plain)
         if tables is not None and custom_code:
             _verify(code_class(partial), partial, model, tables)
@@ -145,14 +153,25 @@ def _rescale(config: Any, tables: LengthTables) -> None:
     setattr(config, PRETRAINED_ROPE, own)
 
 
+def _generation_config(model: PreTrainedModel, tables: LengthTables | None) -> Any:
+    """The model's ``generation_config``; one that allows texts up to the pretrained window allows the new one."""
+    own = model.generation_config
+    if tables is None or own is None or (own.max_length or 0) < tables.longest.original_length:
+        return own
+    longer = copy.deepcopy(own)
+    longer.max_length = max(own.max_length, tables.longest.target_length)
+    return longer
+
+
 @contextmanager
-def _config_of(model: PreTrainedModel, config: Any) -> Iterator[None]:
-    """Lets a model be saved under another config."""
-    own, model.config = model.config, config
+def _configs_of(model: PreTrainedModel, config: Any, generation_config: Any) -> Iterator[None]:
+    """Lets a model be saved under other configs."""
+    own = model.config, model.generation_config
+    model.config, model.generation_config = config, generation_config
     try:
         yield
     finally:
-        model.config = own
+        model.config, model.generation_config = own
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, longest: int) -> None:
@@ -160,6 +179,13 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, longest: i
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = max(tokenizer.model_max_length, longest)
     tokenizer.save_pretrained(folder)
+
+
+def _save_csv(tables: LengthTables, folder: Path) -> None:
+    """Writes the values alone, as Microsoft's code reads them: a file for each table."""
+    for table in tables.tables:
+        length = f"_{table.target_length}" if len(tables.tables) > 1 else ""
+        table.save_csv(folder / f"rescale_factors{length}.csv")
 
 
 def _check_free(folder: Path) -> None:

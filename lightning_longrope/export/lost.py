@@ -57,15 +57,15 @@ def plain_tables(tables: LengthTables) -> LengthTables:
 
 
 def what_is_lost(
-    model: PreTrainedModel, tables: LengthTables, plain: LengthTables, example: Tensor | None = None
+    model: PreTrainedModel | None, tables: LengthTables, plain: LengthTables, example: Tensor | None = None
 ) -> list[Loss]:
     """What ``plain`` does not keep of ``tables``, by length.
 
     Args:
-        model: The model; left as it is.
+        model: The model, left as it is; None where nothing is measured.
         tables: Its tables.
         plain: Those that take their place.
-        example: Tokens of a text to measure on, [S] int64.
+        example: Tokens of a text to measure on, [S] int64; without it nothing is.
 
     Raises:
         ValueError: If the example is no row of at least 2 tokens.
@@ -76,9 +76,12 @@ def what_is_lost(
     for length in tables.lengths:
         own, other = tables.for_length(length), plain.for_length(length)
         if what := ", ".join(_differences(own, other)):
-            text = None if example is None else example[:length]
-            values = () if text is None else (len(text), _perplexity(model, own, text), _perplexity(model, other, text))
-            losses.append(Loss(length, what, *values))
+            loss = Loss(length, what)
+            if model is not None and example is not None:
+                text = example[:length]
+                before, after = (_perplexity(model, table, text) for table in (own, other))
+                loss = Loss(length, what, len(text), before, after)
+            losses.append(loss)
     return losses
 
 

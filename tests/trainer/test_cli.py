@@ -114,6 +114,9 @@ def test_the_exported_folder_is_the_tuned_model(finished):
         with torch.no_grad():
             torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0, atol=1e-3)
     assert (finished / "out" / "hf" / "tokenizer.json").exists()
+    card = (finished / "out" / "hf" / "README.md").read_text()
+    assert "longrope run" in card
+    assert "| tuned | " in card
 
 
 def test_start_tokens_are_refused_with_what_dropping_them_costs(finished, tmp_path, capfd):
