@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.levers import TILE
 from lightning_longrope.objectives import OBJECTIVES, Objective, ObjectiveName, SearchDocument
 from lightning_longrope.out_of_memory import GoOnWithShapes, free_memory, gathers_weights, is_out_of_memory
 from lightning_longrope.score_book import EARLIER, OOM, OWN, UNKNOWN, ScoreBook, plain_number
@@ -333,8 +334,9 @@ class _Batch:
             length = len(self.evaluator.documents[0].tokens)
             raise ValueError(
                 f"Out of memory in every candidate, with one row of {length} tokens in a forward pass. Next: half"
-                " precision (trainer.precision=bf16-true), weights sharded over more devices (FSDP2, DeepSpeed stage"
-                " 3), sequence parallelism, or a shorter target_length."
+                f" precision (`trainer.precision: bf16-true`), tiled MLP (`model.init_args.memory.mlp_tile: {TILE}`),"
+                " sequence parallel (`trainer.strategy.init_args.sequence_parallel_size`), weights sharded over more"
+                " devices (FSDP2, DeepSpeed stage 3), or a shorter target_length."
             )
         for candidate in range(len(self.tables)):
             self._write(candidate)

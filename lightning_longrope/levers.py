@@ -12,6 +12,11 @@ from typing import Any, Literal
 TILE = 4096
 """Tokens of an MLP tile that is proposed."""
 
+Moment = Literal["setup", "training", "forward"]
+
+_SHARED = {"zero_stage", "offload_optimizer", "offload_parameters"}
+"""What makes weights and states take less room."""
+
 _CLASSES = {
     "ddp": "lightning_longrope.strategies.LongContextDDPStrategy",
     "fsdp2": "lightning_longrope.strategies.LongContextFSDP2Strategy",
@@ -132,13 +137,21 @@ def _strategy_arguments(levers: Levers) -> dict[str, str]:
     return arguments
 
 
-def advice(levers: Levers, training: bool = True) -> str:
-    """One line: what a run that ended out of memory should try next."""
-    lever = next(unused_levers(levers, training), None)
+def advice(levers: Levers, moment: Moment = "training") -> str:
+    """One line: what a run that ended out of memory should try next.
+
+    Args:
+        levers: What it does already.
+        moment: Where it ended: before the first step, in one, or in a forward pass without gradients.
+    """
+    possible = unused_levers(levers, moment != "forward")
+    if moment == "setup":  # nothing but weights and states so far
+        possible = (lever for lever in possible if _SHARED & set(lever.changes))
+    lever = next(possible, None)
     if lever is None:
         return (
             "Out of memory with every saving in use. Next: more GPUs, LoRA (`model.init_args.lora`), fewer rows"
-            " (`data.init_args.batch_size`) or shorter ones (`seq_len`)."
+            " (`data.init_args.batch_size`) or shorter ones (`data.init_args.seq_len`)."
         )
     setting = ", ".join(f"`{key}`" for key in keys(levers, lever.pulled(levers)))
     return f"Out of memory. Next: {lever.name}, {setting}; `longrope estimate` says what it saves."

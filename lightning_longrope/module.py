@@ -6,12 +6,13 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from lightning_longrope.advising import MemoryAdvice
 from lightning_longrope.isolation import Stretches
 from lightning_longrope.layers import compile_decoder_layers, decoder_layers, scale_initial_weights, shard_weights
 from lightning_longrope.lora import LoRA, add_adapters
@@ -132,6 +133,10 @@ class LongRoPEModule(LightningModule):
                 " 32-true: set it to bf16-mixed, or `dtype` to float32."
             )
         add_adapters(self.model, lora)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        return [MemoryAdvice()]
 
     @override
     def on_fit_start(self) -> None:

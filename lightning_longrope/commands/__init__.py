@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_longrope import peers
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands import data, estimate, evaluation, export, generate, recipe, report, tokenize, train
+from lightning_longrope.out_of_memory import is_out_of_memory
 
 log = logging.getLogger("lightning_longrope")
 
@@ -33,12 +34,21 @@ def run_command(command: str, arguments: list[str]) -> int:
     except Exception as error:
         lost = peers.explain(error)
         mistake = isinstance(error, ValueError | OSError | MisconfigurationException)
-        if os.environ.get("LONGROPE_TRACEBACK") or not (lost or mistake):
+        advised = is_out_of_memory(error) and hasattr(error, "__notes__")
+        if os.environ.get("LONGROPE_TRACEBACK") or not (lost or mistake or advised):
             raise
         if not (lost or isinstance(error, peers.DecidedError)):
-            sys.stderr.write(f"longrope: error: {' '.join(str(error).split())}\n")
+            sys.stderr.write(f"longrope: error: {_line(error)}\n")
         return 1 if lost else 2
     return 0
+
+
+def _line(error: Exception) -> str:
+    """An error in one line; what was noted on it comes first, since it is what to do."""
+    text = " ".join(str(error).split())
+    if notes := getattr(error, "__notes__", []):
+        return f"{' '.join(notes)} ({text.split(' Exception raised from', 1)[0]})"
+    return text
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

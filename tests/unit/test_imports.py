@@ -18,13 +18,14 @@ FLOORS = [  # each may import from its own floor and those before it
     | {"attention", "checkpoints", "estimate", "levers", "lora", "run_settings"},
     {"metrics", "model", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"generating", "reporting", "isolation", "layers", "sequence_parallel", "sizes"},
-    {"module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
+    {"advising", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
     {"export", "recipes"},
     {"cli"},
     {"commands"},
     {"__main__"},
 ]
-LIGHTNING = {"metrics", "module", "datamodules", "callbacks", "tracking", "strategies", "peers", "cli", "commands"}
+LIGHTNING = {"advising", "metrics", "module", "datamodules", "callbacks", "tracking", "strategies", "peers", "cli"}
+LIGHTNING |= {"commands"}
 TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary", "objectives"} | {
     "summary",
     "levers",
