@@ -16,6 +16,7 @@ longrope: a context window up to 2,048k tokens for any RoPE language model
   longrope export RUN OUT        a Hugging Face folder from a checkpoint or run
   longrope generate              an answer to a prompt, as it is written: --model FOLDER --prompt-file F
   longrope report RUN            one self-contained report.html with figures and tables; several runs side by side
+  longrope doctor                versions, devices, the attention that will be used, known traps and their remedies
 
   longrope COMMAND --help        every option of a command
   longrope --version

@@ -11,19 +11,20 @@ from transformers.utils import is_flash_attn_2_available
 log = logging.getLogger(__name__)
 
 
-def choose_attention(requested: str, dtype: torch.dtype) -> tuple[str | None, str]:
+def choose_attention(requested: str, dtype: torch.dtype, cuda: bool | None = None) -> tuple[str | None, str]:
     """The kernel that a request stands for, and the reason.
 
     Args:
         requested: A name of transformers, which is taken as it is, or ``auto``.
         dtype: Type of the weights.
+        cuda: Whether the model is for a CUDA device; by default where there is one.
 
     Returns:
         The name; None leaves the choice to transformers, which takes sdpa where the model can.
     """
     if requested != "auto":
         return requested, "as configured"
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_available() if cuda is None else cuda):
         return None, "FlashAttention needs CUDA"
     if not is_flash_attn_2_available():
         return None, "flash-attn is not installed: pip install flash-attn --no-build-isolation"

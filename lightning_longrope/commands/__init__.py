@@ -10,7 +10,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_longrope import peers
 from lightning_longrope.cli import LongRoPECLI
-from lightning_longrope.commands import data, estimate, evaluation, export, generate, recipe, report, tokenize, train
+from lightning_longrope.commands import (
+    data,
+    doctor,
+    estimate,
+    evaluation,
+    export,
+    generate,
+    recipe,
+    report,
+    tokenize,
+    train,
+)
 from lightning_longrope.out_of_memory import is_out_of_memory
 
 log = logging.getLogger("lightning_longrope")
@@ -27,6 +38,7 @@ def run_command(command: str, arguments: list[str]) -> int:
     known = {**dict.fromkeys(LongRoPECLI.subcommands(), train.trainer), "run": recipe.run}
     known |= {"data": data.data, "eval": evaluation.evaluate, "export": export.export, "report": report.report}
     known |= {"generate": generate.generate, "tokenize": tokenize.tokenize, "estimate": estimate.estimate}
+    known |= {"doctor": doctor.doctor}
     try:
         if command not in known:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(known)}.")
