@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning_longrope import LongRoPEModule, RescaleFactors
 from lightning_longrope.callbacks import FactorSearch
 from lightning_longrope.cli import LongRoPETrainer
+from lightning_longrope.lora import LoRA
 from lightning_longrope.model import install_factors, installed_factors
 from lightning_longrope.search import RampSearch
 
@@ -69,6 +70,17 @@ def test_training_after_a_search_is_training_with_the_found_factors(tmp_path):
     trainer(tmp_path).fit(given, datamodule=Rows())
     for one, other in zip(searched.model.parameters(), given.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_search_is_the_same_whether_all_weights_are_trained_afterwards_or_adapters(tmp_path):
+    found = []
+    for name, lora in (("all", None), ("adapters", LoRA())):
+        callback, model = search(schedule=((0.5, 1),)), module()
+        model.lora = lora
+        trainer(tmp_path / name, callback).fit(model, datamodule=Rows())
+        found.append([{**record, "seconds": 0} for record in callback.result.history])
+    assert found[0] == found[1]
+    assert {record["status"] for record in found[0]} == {"ok", "partial"}
 
 
 def test_a_resumed_training_does_not_search_again(tmp_path, monkeypatch):
