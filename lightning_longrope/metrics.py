@@ -178,8 +178,9 @@ class _Ratio(Metric):
         self.add_state("below", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def _add(self, above: Tensor, below: Tensor) -> None:
-        self.above += above.to(self.above.dtype).sum()
-        self.below += torch.as_tensor(below, device=self.below.device).long().sum()
+        # not in place: a validation leaves sums made in inference mode, which no training may write to
+        self.above = self.above + above.to(self.above.dtype).sum()
+        self.below = self.below + torch.as_tensor(below, device=self.below.device).long().sum()
 
 
 class Perplexity(_Ratio):

@@ -60,6 +60,13 @@ def test_validation_perplexity_is_token_weighted(tmp_path):
     assert found == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-5)
 
 
+def test_a_module_that_was_validated_can_be_trained(tmp_path):
+    module, run = LongRoPEModule(config=LLAMA), trainer(tmp_path)
+    run.validate(module, random_loader(), verbose=False)
+    run.fit(module, random_loader(), random_loader())
+    assert run.global_step == 4
+
+
 def test_factors_and_weights_travel_in_the_checkpoint(tmp_path):
     table = RescaleFactors.yarn(**SHAPE)
     table.save(tmp_path / "factors.json")
