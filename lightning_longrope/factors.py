@@ -214,6 +214,23 @@ class RescaleFactors:
             _check_monotone(factors.values, path)
         return factors
 
+    @classmethod
+    def of_rope_type(cls, parameters: Mapping[str, Any], config: Any) -> "RescaleFactors":
+        """The factors of Hugging Face's ``rope_parameters``, such as ``{"rope_type": "linear", "factor": 8}``.
+
+        Args:
+            parameters: Rope type and its keywords; what they leave out is the model's.
+            config: Config of the pretrained model.
+
+        Raises:
+            ValueError: If the rope type is unknown or does not fit the model.
+        """
+        geometry, own = rope_geometry(config), rope_parameters(config)
+        kept = {name: own[name] for name in ("rope_theta", "partial_rotary_factor") if name in own}
+        fields: dict[str, Any] = {**config_fields(config), "rope_parameters": {**kept, **parameters}}
+        fields["max_position_embeddings"] = geometry.original_length
+        return _from_config(fields, geometry.original_length, None)
+
     def to_hf(self, config: Any, short: "RescaleFactors | None" = None) -> dict[str, Any]:
         """The ``rope_parameters`` that make a Hugging Face model use these factors (rope type ``longrope``).
 

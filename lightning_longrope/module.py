@@ -13,6 +13,8 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from lightning_longrope.advising import MemoryAdvice
+from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.geometry import set_pretrained_window, sliding_attention
 from lightning_longrope.isolation import Stretches
 from lightning_longrope.layers import compile_decoder_layers, decoder_layers, scale_initial_weights, shard_weights
 from lightning_longrope.lora import LoRA, add_adapters
@@ -46,7 +48,10 @@ class LongRoPEModule(LightningModule):
         config: Instead of ``name_or_path``: the Hugging Face config of a new model with random weights,
             ``model_type`` included.
         factors: File of rescale factors to install (JSON, Microsoft CSV, Hugging Face folder); of several, each is for
-            sequences up to its own target length.
+            sequences up to its own target length, and ``none`` is the pretrained RoPE within its window. Or the
+            ``rope_parameters`` of a published method, such as ``{rope_type: linear, factor: 8}``.
+        original_length: Window the model was pretrained at, in tokens, where its config says another. An attention that
+            slides over fewer tokens than its window sees all of them from then on.
         optimizer: Optimizer, called with ``parameter_groups()``.
         schedule: Learning rate over the steps of the run.
         attn_implementation: Attention of the model; ``auto`` takes FlashAttention where it runs, else sdpa.
@@ -65,7 +70,8 @@ class LongRoPEModule(LightningModule):
         self,
         name_or_path: str | None = None,
         config: dict[str, Any] | None = None,
-        factors: str | list[str] | None = None,
+        factors: str | list[str] | dict[str, Any] | None = None,
+        original_length: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         attn_implementation: str = "auto",
@@ -85,6 +91,7 @@ class LongRoPEModule(LightningModule):
         self.name_or_path = name_or_path
         self.config = config
         self.factors = factors
+        self.original_length = original_length
         self.optimizer = optimizer
         self.schedule = schedule
         self.attn_implementation = attn_implementation
@@ -112,14 +119,27 @@ class LongRoPEModule(LightningModule):
         self.model.train()  # Hugging Face loads in eval mode, and Lightning keeps the mode it finds
         if self.config is not None:
             scale_initial_weights(self.model)
+        if self.original_length is not None:
+            set_pretrained_window(self.model.config, self.original_length)
+        if (reach := sliding_attention(self.model.config)) is not None:
+            log.warning(
+                "Every layer attends to the last %d tokens alone (`sliding_window`): a longer window changes nothing."
+                " To lift that, set `model.original_length` to the window that was pretrained.",
+                reach,
+            )
         if self.factors is not None:
-            files = [self.factors] if isinstance(self.factors, str) else self.factors
-            install_factors(self.model, LengthTables.load(*files))
+            self._install(self.factors)
         if self.lora is not None:
             self._add_adapters(self.lora)
         save_memory(self.model, decoder_layers(self.model), self.gradient_checkpointing, self.memory)
         if self.device_mesh is not None:
             shard_weights(self.model, self.device_mesh["data_parallel"])
+
+    def _install(self, factors: str | list[str] | dict[str, Any]) -> None:
+        if isinstance(factors, dict):
+            install_factors(self.model, RescaleFactors.of_rope_type(factors, self.model.config))
+        else:
+            install_factors(self.model, LengthTables.load(*([factors] if isinstance(factors, str) else factors)))
 
     @override
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

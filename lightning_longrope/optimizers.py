@@ -1,12 +1,14 @@
 """Optimizers and schedules that one ``LongRoPEModule`` needs and torch does not have as one object."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, overload
 
 import torch
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 
@@ -89,13 +91,30 @@ class Schedule:
     Attributes:
         name: A name of ``transformers.get_scheduler``: linear, cosine_with_min_lr, constant_with_warmup, ...
         warmup_steps: Steps over which the rate rises.
+        warmup_start: Share of the rate that it rises from, 0.1 in Position Interpolation.
         options: Further arguments of that schedule, such as ``min_lr_rate``.
+
+    Raises:
+        ValueError: If ``warmup_start`` is no share.
     """
 
     name: str = "linear"
     warmup_steps: int = 20
+    warmup_start: float = 0.0
     options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_start <= 1:
+            raise ValueError(f"`schedule.warmup_start` is a share of the rate, from 0 to 1, got {self.warmup_start}.")
 
     def build(self, optimizer: Optimizer, total_steps: int) -> Any:
         """The scheduler for a run of ``total_steps`` optimizer steps."""
-        return get_scheduler(self.name, optimizer, self.warmup_steps, total_steps, self.options)
+        scheduler = get_scheduler(self.name, optimizer, self.warmup_steps, total_steps, self.options)
+        if not self.warmup_start:
+            return scheduler
+        return LambdaLR(optimizer, [partial(self._raised, share=share) for share in scheduler.lr_lambdas])
+
+    def _raised(self, step: int, share: Callable[[int], float]) -> float:
+        """Share of the rate at a step: the warm-up compressed into what is above ``warmup_start``."""
+        found = share(step)
+        return self.warmup_start + (1 - self.warmup_start) * found if step < self.warmup_steps else found

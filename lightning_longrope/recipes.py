@@ -105,18 +105,22 @@ def with_seed(stage: Stage, seed: int) -> Stage:
 
 
 def from_model(stages: list[Stage], name_or_path: str) -> list[Stage]:
-    """The recipe for a model that is there already: without the stages that make one from a ``config``.
+    """The recipe for another model, without the stages that make one from a ``config``.
 
-    What the later stages take from a stage left out becomes the given model, and its tokenizer is used where a stage
-    names none.
+    What the later stages take from a stage left out becomes the given model, and so does a model that the recipe names,
+    and its tokenizer; where a stage names no tokenizer it is that of the given model.
     """
     made = [stage for stage in stages if _model_arguments(stage).get("config") is not None]
     folders = tuple(f"{stage.folder}/" for stage in made)
+    named = {name for stage in stages if (name := _model_arguments(stage).get("name_or_path")) is not None}
+    named = {name for name in named if not name.startswith(f"{stages[0].out}/")}
     kept = []
     for stage in stages:
         if stage in made:
             continue
-        config = map_texts(stage.config, lambda text: name_or_path if text.startswith(folders) else text)
+        config = map_texts(
+            stage.config, lambda text: name_or_path if text in named or text.startswith(folders) else text
+        )
         takes_tokenizer = config if stage.command == "export" else config.get("data", {}).get("init_args", {})
         if takes_tokenizer.get("tokenizer") is None:
             takes_tokenizer["tokenizer"] = name_or_path

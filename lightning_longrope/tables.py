@@ -20,6 +20,9 @@ from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.files import write_json
 from lightning_longrope.geometry import rope_parameters
 
+PRETRAINED = "none"
+"""In place of a file: no rescaling within the pretrained window."""
+
 
 @dataclass(frozen=True)
 class LengthTables:
@@ -108,13 +111,16 @@ class LengthTables:
         A Hugging Face config of rope type ``longrope`` gives its short table too where that differs from the long one.
 
         Args:
-            paths: Files or folders; their tables are put together.
+            paths: Files or folders; their tables are put together. ``none`` among several stands for the pretrained
+                RoPE within its window.
             monotone: Refuse factors that decrease from one pair to the next.
 
         Raises:
             ValueError: If a file cannot be read as factors, or the tables do not belong together.
         """
-        return cls(tuple(table for path in paths for table in _tables_in(Path(path), monotone)))
+        files = [path for path in paths if path != PRETRAINED]
+        tables = cls(tuple(table for path in files for table in _tables_in(Path(path), monotone)))
+        return tables.with_pretrained() if len(files) < len(paths) else tables
 
 
 def _tables_in(path: Path, monotone: bool) -> list[RescaleFactors]:

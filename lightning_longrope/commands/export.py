@@ -70,7 +70,8 @@ def export_checkpoint(
         custom_code: Write code into the folder for what Hugging Face cannot say: start tokens, further tables.
         lossy: Export although Hugging Face cannot say all of the model.
         short: File of factors for texts within the pretrained window, as ``FactorSearch(recovery=True)`` writes it.
-        tables: Files of factors for sequences up to the target length of each, in place of what the model has.
+        tables: Files of factors for sequences up to the target length of each, in place of what the model has; ``none``
+            among them stands for the pretrained RoPE within its window.
         gguf: What llama.cpp's converter has made of the model: ``out`` is a copy with the tables, and no folder.
 
     Returns:

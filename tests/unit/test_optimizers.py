@@ -74,3 +74,18 @@ def test_a_schedule_reaches_both_parts():
 def test_groups_without_the_mark_are_refused_in_one_line():
     with pytest.raises(ValueError, match="parameter_groups"):
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(2, 2))]}])
+
+
+def test_a_warm_up_may_start_above_zero():
+    """Position Interpolation: 20 steps from a tenth of the rate, here 4, then a constant rate or a linear decay."""
+    for name, after in (("constant_with_warmup", [1.0, 1.0, 1.0]), ("linear", [1.0, 0.75, 0.5])):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+        scheduler = Schedule(name, warmup_steps=4, warmup_start=0.1).build(optimizer, total_steps=8)
+        rates = []
+        for _ in range(7):
+            rates.append(optimizer.param_groups[0]["lr"] / 2.0)
+            optimizer.step()
+            scheduler.step()
+        assert rates == pytest.approx([0.1, 0.325, 0.55, 0.775, *after])
+    with pytest.raises(ValueError, match=r"warmup_start.*1\.5"):
+        Schedule(warmup_start=1.5)

@@ -85,3 +85,14 @@ def test_a_stage_that_cannot_be_read_is_named(tmp_path, text, message):
 def test_a_folder_without_stages_is_refused(tmp_path):
     with pytest.raises(ValueError, match="found none"):
         read_recipe(tmp_path / "nothing", tmp_path)
+
+
+def test_a_given_model_takes_the_place_of_one_that_the_recipe_names(tmp_path):
+    tune = {"command": "fit", "model": {"init_args": {"name_or_path": "their/model", "factors": "{out}/a.json"}},
+            "data": {"init_args": {"tokenizer": "their/model", "files": ["their/books"]}}}  # fmt: skip
+    (tmp_path / "1-tune.yaml").write_text(yaml.safe_dump(tune))
+    (tmp_path / "2-search.yaml").write_text(yaml.safe_dump(SEARCH))
+    first, second = from_model(read_recipe(tmp_path, tmp_path / "out"), "my/model")
+    assert first.config["model"]["init_args"] == {"name_or_path": "my/model", "factors": f"{tmp_path}/out/a.json"}
+    assert first.config["data"]["init_args"] == {"tokenizer": "my/model", "files": ["their/books"]}
+    assert second.config["model"]["init_args"]["name_or_path"].startswith(f"{tmp_path}/out/1-pretrain")

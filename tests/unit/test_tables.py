@@ -164,3 +164,13 @@ def test_tables_that_do_not_belong_together_are_refused(tmp_path):
     (tmp_path / "tables.json").write_text('{"tables": []}')
     with pytest.raises(ValueError, match="Cannot read rescale factors"):
         LengthTables.load(tmp_path / "tables.json")
+
+
+def test_none_among_files_stands_for_the_pretrained_rope_within_its_window(tmp_path):
+    MIDDLE.save(tmp_path / "middle.json")
+    LONG.save(tmp_path / "long.json")
+    tables = LengthTables.load(tmp_path / "long.json", "none", tmp_path / "middle.json")
+    assert tables.lengths == (L, 2 * L, 4 * L)
+    assert tables.for_length(L).is_identity
+    assert tables.tables[1:] == (MIDDLE, LONG)
+    assert LengthTables.load(tmp_path / "long.json").lengths == (4 * L,)
