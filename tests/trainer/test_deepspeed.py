@@ -110,13 +110,13 @@ def note(folder, name, **found):
 
 
 def sgd(folder, name, source, how, note_as=None, save=None, **options):
-    """Four steps of two batches each, with clipping and recomputed layers."""
+    """Four steps of two batches each with recomputed layers, the first clipped and the last not."""
     module = Module(
         **source, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.5), gradient_checkpointing=True, **options
     )
     precision = how.pop("precision", "32-true")
     trainer = Trainer(
-        strategy=strategy(name, **how), devices=2, max_steps=4, accumulate_grad_batches=2, gradient_clip_val=0.3,
+        strategy=strategy(name, **how), devices=2, max_steps=4, accumulate_grad_batches=2, gradient_clip_val=1.0,
         precision=precision, default_root_dir=folder, **QUIET,
     )  # fmt: skip
     trainer.fit(module, datamodule=Rows())
@@ -228,9 +228,9 @@ def runs(tmp_path_factory):
     module.configure_model()
     module.model.save_pretrained(folder / "pretrained")
     with suppress(AssertionError):  # each test says what became of its run
-        run_ranks(2, on_two_ranks, folder, logs=folder / "first", timeout=150)
-        run_ranks(1, on_one_rank, folder, logs=folder / "second", timeout=100)
-        run_ranks(2, again_on_two_ranks, folder, logs=folder / "third", timeout=60)
+        run_ranks(2, on_two_ranks, folder, logs=folder / "first", timeout=160)
+        run_ranks(1, on_one_rank, folder, logs=folder / "second", timeout=80)
+        run_ranks(2, again_on_two_ranks, folder, logs=folder / "third", timeout=50)
     return folder
 
 
