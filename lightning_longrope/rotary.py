@@ -126,6 +126,19 @@ def float32_rotary(model: nn.Module) -> Iterator[None]:
         setattr(module, name, table.to(module.get_buffer(name).device))
 
 
+def recompute_rotary(model: nn.Module) -> None:
+    """Computes those tables of a model's own rotary modules again that were made in half precision.
+
+    DeepSpeed rounds them while it partitions a model that transformers 5.17 makes.
+    """
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name.endswith("inv_freq") and buffer.dtype != torch.float32 and hasattr(module, "config"):
+                with torch.device("cpu"):
+                    fresh = type(module)(module.config)
+                setattr(module, name, fresh.get_buffer(name).to(buffer.device))
+
+
 def _halves(table: Tensor) -> Tensor:
     return table
 

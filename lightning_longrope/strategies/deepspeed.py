@@ -37,6 +37,7 @@ from lightning_longrope.checkpoints import (
 from lightning_longrope.files import write_text
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.optimizers import MuonAdamW
+from lightning_longrope.rotary import recompute_rotary
 from lightning_longrope.strategies.sequence_parallel import SequenceParallel
 
 _SMALLEST_BUCKET = 2**20  # elements; below that, messages cost more than what they carry
@@ -154,6 +155,15 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
         finally:
             del partitioning
             unset_hf_deepspeed_config()
+        assert module is not None
+        recompute_rotary(module)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        zero = (self.config or {}).get("zero_optimization", {})
+        if "nvme" in {zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")}:
+            _check_nvme()
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -304,7 +314,17 @@ def _check(stage: int, offload_optimizer: bool, offload_parameters: bool, nvme_p
         raise ValueError("`offload_optimizer` needs partitioned optimizer states: stage 1, 2 or 3, got stage=0.")
     if offload_parameters and stage != 3:
         raise ValueError(f"`offload_parameters` needs partitioned weights: stage=3, got stage={stage}.")
-    if nvme_path is None:
-        return
-    if stage != 3 or not (offload_optimizer or offload_parameters):
+    if nvme_path is not None and (stage != 3 or not (offload_optimizer or offload_parameters)):
         raise ValueError("`nvme_path` needs stage=3 and `offload_optimizer` or `offload_parameters`.")
+
+
+def _check_nvme() -> None:
+    """Refuses to offload to a disk where DeepSpeed cannot compile what that needs."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if builder is None or not builder.is_compatible():
+        raise ValueError(
+            "`nvme_path` needs libaio with its headers (apt install libaio-dev, or yum install libaio-devel) and a C++"
+            " compiler: install them, or leave `nvme_path` out to offload to memory."
+        )

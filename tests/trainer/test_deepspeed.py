@@ -24,13 +24,14 @@ import pickle
 import shutil
 from contextlib import suppress
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import LLAMA, random_loader
+from helpers import LLAMA, random_loader, tiny_llama
 from lightning.pytorch import LightningDataModule, Trainer
 from processes import PARTITIONED, run_ranks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_longrope import LongRoPEModule, load_model
 from lightning_longrope.callbacks import FactorSearch
@@ -38,6 +39,7 @@ from lightning_longrope.commands.export import export_checkpoint
 from lightning_longrope.lora import LoRA
 from lightning_longrope.model import installed_factors
 from lightning_longrope.optimizers import MuonAdamW, Schedule
+from lightning_longrope.rotary import recompute_rotary
 from lightning_longrope.search import RampSearch
 from lightning_longrope.strategies import (
     LongContextDDPStrategy,
@@ -192,6 +194,8 @@ def on_two_ranks(folder):
 
 
 def on_one_rank(folder):
+    import deepspeed
+
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "compiled")
     adam(folder, "zero2", "first2", 1, timeout=timedelta(seconds=77))
     backend = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
@@ -207,8 +211,10 @@ def on_one_rank(folder):
         "file": {"name": "zero2", "resume": folder / "ddp.ckpt"},
         "plain": {"name": "zero2", "resume": folder / "plain2.ckpt", "optimizer": torch.optim.SGD},
         "muon": {"name": "zero1", "optimizer": MuonAdamW},
+        "nvme": {"name": "zero3", "offload_optimizer": True, "nvme_path": str(folder)},
     }
     messages = {}
+    type(deepspeed.accelerator.get_accelerator()).create_op_builder = lambda *_: None  # as without libaio
     for case, options in refused.items():
         with pytest.raises(ValueError, match=r"\S") as error:
             adam(folder, note_as=case, devices=1, steps=5, **options)
@@ -270,6 +276,28 @@ def test_rotary_tables_stay_float32(runs, name):
     assert found(runs, name)["losses"] == pytest.approx(found(runs, "sgd-ddp")["losses"], rel=1e-3)
 
 
+def test_rounded_rotary_tables_are_computed_again():
+    model = tiny_llama()
+    rotary, exact = model.model.rotary_emb, model.model.rotary_emb.inv_freq.clone()
+    rotary.inv_freq = exact.bfloat16()
+    assert not torch.equal(rotary.inv_freq.float(), exact)
+    recompute_rotary(model)
+    assert torch.equal(rotary.inv_freq, exact)
+
+
+@pytest.mark.parametrize(("stage", "hidden", "bucket"), [(2, 4096, 4096**2), (3, 4096, 4096**2), (2, 64, 2**20)])
+def test_buckets_follow_the_hidden_size_unless_they_are_chosen(runs, stage, hidden, bucket):
+    model = SimpleNamespace(config=LlamaConfig(hidden_size=hidden))
+    sized, chosen = (LongContextDeepSpeedStrategy(stage=stage, zero=zero) for zero in ({}, {"reduce_bucket_size": 7}))
+    for strategy in (sized, chosen):
+        strategy._size_buckets(SimpleNamespace(model=model))
+    zero = sized.config["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket
+    assert zero.get("stage3_param_persistence_threshold") == (10 * hidden if stage == 3 else None)
+    assert chosen.config["zero_optimization"]["reduce_bucket_size"] == 7
+    assert found(runs, "sgd-zero2")["sizes"]["reduce_bucket_size"] == 2**20
+
+
 @pytest.mark.parametrize("name", ZERO)
 def test_a_resumed_run_goes_on_as_under_ddp(runs, name):
     assert found(runs, f"adam-{name}")["searched"]
@@ -318,6 +346,7 @@ def test_ranks_wait_as_long_as_they_are_told(runs):
         ("stage", "zero3.ckpt was saved under ZeRO stage 3, not 2: set `stage`, or give it as `model.name_or_path`"),
         ("file", "ddp.ckpt is no folder that DeepSpeed has written: give it as `model.name_or_path`"),
         ("plain", "saved by 2 ranks and cannot be resumed by 1: DeepSpeed, which converts the states of Adam"),
+        ("nvme", "`nvme_path` needs libaio with its headers"),
         ("muon", "MuonAdamW needs whole matrices, and ZeRO stage 1 cuts them"),
     ],
 )
