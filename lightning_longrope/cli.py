@@ -27,6 +27,7 @@ from lightning_longrope.callbacks.harness_tasks import HarnessTasks
 from lightning_longrope.callbacks.measurement import MeasuringCallback, TableAt
 from lightning_longrope.callbacks.peer_watch import PeerWatch
 from lightning_longrope.callbacks.retrieval import RetrievalCallback
+from lightning_longrope.checkpoints import choose_accelerator
 from lightning_longrope.files import write_text
 from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
@@ -226,6 +227,7 @@ class LongRoPECLI(LightningCLI):
 
     def __init__(self, args: ArgsType, check: bool = False) -> None:
         self.check = check
+        choose_accelerator()  # parsing may import DeepSpeed
         super().__init__(
             LongRoPEModule,
             LightningDataModule,

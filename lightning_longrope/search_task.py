@@ -48,8 +48,11 @@ def search_task(
     space: SearchSpace | Mapping[str, Any] | None = None,
     multiply: bool | None = None,
     recovery: bool = False,
+    between: bool = False,
 ) -> SearchTask:
     """What a search on a model is to do; see ``search_factors`` for the arguments.
+
+    With ``between``, which ``RecoverySearch`` needs, factors reach those installed and the space knows them.
 
     Raises:
         ValueError: If the target is within the model's window without ``recovery``, or there is nothing to multiply.
@@ -77,6 +80,8 @@ def search_task(
             "pretrained_length": min(geometry.original_length, target_length),
         }
         given = dict(space or {})
+        if between and installed is not None:
+            defaults |= {"warm_start": installed, "max_factor": max(installed.values)}
         if not given.get("attention_factors"):
             attention = _attention(geometry.original_length, target_length, installed, base, recovery)
             defaults["attention_factor"] = attention

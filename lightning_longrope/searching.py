@@ -22,6 +22,7 @@ from lightning_longrope.evaluating import Evaluator, Race, SingleWorker, Workers
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_json
 from lightning_longrope.fingerprints import document_digests, joint_digest, model_digest, tokenizer_digest
+from lightning_longrope.model import installed_factors
 from lightning_longrope.objectives import (
     Objective,
     ObjectiveName,
@@ -32,7 +33,14 @@ from lightning_longrope.objectives import (
 )
 from lightning_longrope.score_book import ScoreBook
 from lightning_longrope.scoring import Score, document_values, means
-from lightning_longrope.search import Candidate, RampSearch, SearchAlgorithm, SearchResult, SearchSpace
+from lightning_longrope.search import (
+    Candidate,
+    RampSearch,
+    RecoverySearch,
+    SearchAlgorithm,
+    SearchResult,
+    SearchSpace,
+)
 from lightning_longrope.search.journal import strict_json
 from lightning_longrope.search.judgement import HeldOut, judge
 from lightning_longrope.search.schedule import DocumentSchedule, Stages
@@ -120,7 +128,7 @@ def search_factors(
         documents: Texts to judge on, 1-D int64 tensors of at least ``target_length`` tokens.
         target_length: Window to reach, in tokens; longer than the model's own.
         tokenizer: Tokenizer of the model; with it the objective asks for pass keys too.
-        algorithm: What proposes the candidates; ``RampSearch`` by default.
+        algorithm: What proposes the candidates; by default ``RampSearch``, in a recovery ``RecoverySearch``.
         objective: ``perplexity`` (mean nll of text tokens), ``needle`` (mean nll of answer tokens to questions about
             hidden pass keys), ``mixed`` (both, from one forward pass; see ``Objective``), or an ``Objective`` of
             yours. By default ``mixed`` with a tokenizer and ``perplexity`` without: plain perplexity does not see
@@ -135,8 +143,9 @@ def search_factors(
         space: Further arguments of the ``SearchSpace``, or a whole one; ``warm_start`` may be a file of factors.
         multiply: Whether candidates multiply the factors installed on the model, as a second extension does; by default
             where there are some and the target is longer than theirs.
-        recovery: Search a table for short texts: the target may lie within the model's own window, and factors reach
-            1.25 times target over own window, at least 1.25. Candidates keep the installed attention factor.
+        recovery: Search a table for short texts: the target may lie within the model's own window. Factors reach those
+            installed with ``RecoverySearch``, and 1.25 times target over own window, at least 1.25, with the other
+            algorithms. Candidates keep the installed attention factor, unless ``space`` has ``attention_factors``.
         held_out: Texts that only the judgement at the end sees, or how many of ``documents`` to keep back for it.
         race: Drop a candidate as soon as it is behind the last of those that matter for the next generation by more
             than this many standard errors of the differences on the same documents. None scores all on all documents.
@@ -157,6 +166,8 @@ def search_factors(
             lacks its tokenizer, ``folder`` holds another search, a held-out document is one of the search's, or
             memory suffices for no candidate, or ``schedule`` does not grow towards all documents.
     """
+    between = recovery and installed_factors(model) is not None
+    algorithm = algorithm or (RecoverySearch() if between else RampSearch())
     task = search_task(
         model,
         target_length,
@@ -165,13 +176,14 @@ def search_factors(
         space=space,
         multiply=multiply,
         recovery=recovery,
+        between=isinstance(algorithm, RecoverySearch),
     )
     objective = named_objective(objective, tokenizer)
     texts, judged = _kept_back(documents, held_out)
     rows = search_documents(texts, target_length, objective, tokenizer, seed)
     unseen = search_documents(judged, target_length, objective, tokenizer, seed + 1) if judged else []
     _check_disjoint(texts, judged, target_length)
-    algorithm = (algorithm or RampSearch()).start(task.space, seed, max_evaluations, patience)
+    algorithm = algorithm.start(task.space, seed, max_evaluations, patience)
     workers = workers or SingleWorker()
     with _undisturbed(model):
         identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}

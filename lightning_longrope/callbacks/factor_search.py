@@ -13,7 +13,7 @@ from lightning_longrope.callbacks.workers import TrainerWorkers
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.model import install_factors, installed_factors, rope_geometry
 from lightning_longrope.objectives import Objective, ObjectiveName
-from lightning_longrope.search import RampSearch, SearchAlgorithm, SearchResult
+from lightning_longrope.search import SearchAlgorithm, SearchResult
 from lightning_longrope.search.judgement import HeldOut
 from lightning_longrope.searching import search_factors
 
@@ -41,7 +41,7 @@ class FactorSearch(Callback):
             window.
         documents: Number of documents a candidate is judged on.
         held_out: Number of further documents that only the judgement of the winner sees; 0 for no judgement.
-        algorithm: What proposes candidates.
+        algorithm: What proposes candidates; by default ``RampSearch``, in a recovery ``RecoverySearch``.
         objective: ``mixed`` (text and pass keys), ``needle`` (pass keys only), ``perplexity`` (text only), or an
             ``Objective``.
         max_evaluations: Most candidates; the algorithm's own number by default.
@@ -89,7 +89,7 @@ class FactorSearch(Callback):
         self.target_length = target_length
         self.documents = documents
         self.held_out = held_out
-        self.algorithm = algorithm or RampSearch()
+        self.algorithm = algorithm
         self.objective: Objective | ObjectiveName = objective
         self.max_evaluations = max_evaluations
         self.patience = patience

@@ -5,6 +5,7 @@ from lightning_longrope.search.critical import LongRoPE2Search
 from lightning_longrope.search.evolution import EvolutionSearch
 from lightning_longrope.search.journal import Journal, read_journal
 from lightning_longrope.search.ramp import RampSearch
+from lightning_longrope.search.recovery import RecoverySearch
 from lightning_longrope.search.smooth import SmoothSearch
 from lightning_longrope.search.space import Candidate, SearchSpace
 
@@ -14,6 +15,7 @@ __all__ = [
     "Journal",
     "LongRoPE2Search",
     "RampSearch",
+    "RecoverySearch",
     "SearchAlgorithm",
     "SearchResult",
     "SearchSpace",

@@ -116,7 +116,7 @@ def test_a_strategy_shows_every_argument_with_its_default():
         shown = yaml.safe_load((ROOT / "configs" / "strategies" / f"{name}.yaml").read_text())["init_args"]
         named = inspect.signature(getattr(strategies, cls).__init__).parameters.values()
         defaults = {p.name: p.default for p in named if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
-        assert len(STRATEGIES) == 4
+        assert len(STRATEGIES) == 5
         assert set(shown) == set(defaults) - {"process_group_backend"}
         for argument, value in shown.items():
             assert argument == "stage" or value in (defaults[argument], str(defaults[argument])), argument

@@ -11,6 +11,7 @@ from lightning_longrope.commands.export import export_checkpoint
 from lightning_longrope.export import export_model
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.model import install_factors
+from lightning_longrope.search import RampSearch, RecoverySearch, SearchSpace
 from lightning_longrope.search.judgement import judge
 from lightning_longrope.searching import search_factors
 
@@ -60,7 +61,7 @@ def test_a_first_extension_of_an_extended_model_is_there_for_those_who_ask():
 
 @pytest.mark.parametrize(("length", "most"), [(32, 1.25), (16, 1.25), (64, 2.5)])
 def test_a_recovery_searches_small_factors_under_the_installed_attention_factor(length, most):
-    result = search_factors(extended(), texts(2), length, max_evaluations=8, recovery=True)
+    result = search_factors(extended(), texts(2), length, algorithm=RampSearch(), max_evaluations=8, recovery=True)
     names = [row["origin"] for row in result.history if row["origin"].startswith("baseline")]
     assert names[:2] == ["baseline:none", "baseline:installed"]
     assert (len(names) == 5) == (length > 32)
@@ -70,6 +71,44 @@ def test_a_recovery_searches_small_factors_under_the_installed_attention_factor(
     assert {row["attention_factor"] for row in searched} == {FIRST.attention_factor}
     assert max(max(row["values"]) for row in searched) <= most
     assert result.factors.target_length == length
+
+
+def test_a_recovery_goes_from_no_factors_to_those_installed():
+    model, attention = extended(), (1.0, 1.05, 1.1)
+    result = search_factors(
+        model, texts(2, 32), 32, max_evaluations=12, recovery=True, pinned=0, space={"attention_factors": attention}
+    )
+    searched = result.history[2:]
+    assert searched[0]["values"] == [1.0] * 8
+    assert searched[1]["values"] == list(FIRST.values)
+    for row in searched:
+        shares = np.log(row["values"])[1:] / np.log(FIRST.values)[1:]  # one power of all, but for the grid of 0.01
+        assert shares == pytest.approx(np.full(7, shares[-1]), abs=0.06)
+    assert {row["attention_factor"] for row in searched} == set(attention)
+    assert result.score == min(row["score"] for row in searched)
+    with torch.no_grad():
+        install_factors(model, result.factors)
+        losses = [model(text[None], labels=text[None]).loss.item() for text in texts(2, 32)]
+    assert result.score == pytest.approx(sum(losses) / 2, rel=1e-5)
+    plain = search_factors(extended(), texts(2, 32), 32, max_evaluations=5, recovery=True)
+    assert {row["attention_factor"] for row in plain.history[2:]} == {FIRST.attention_factor}
+
+
+def test_a_recovery_finds_the_shares_that_were_hidden():
+    space = SearchSpace(
+        rotary_size=64, base=1e4, original_length=128, target_length=128, max_factor=8.0, pinned=4,
+        warm_start=RescaleFactors(tuple(8 ** (i / 31) for i in range(32)), 128, 1024, attention_factor=1.2),
+        attention_factors=tuple(1 + 0.02 * step for step in range(11)),
+    )  # fmt: skip
+    algorithm = RecoverySearch().start(space, seed=0)
+    while candidates := algorithm.ask():
+        assert all(space.contains(candidate) for candidate in candidates)
+        away = [(np.log(c.values[-1]) / np.log(8) - 0.6) ** 2 + (c.attention_factor - 1.06) ** 2 for c in candidates]
+        algorithm.tell(candidates, away)
+    best, score = algorithm.best
+    assert algorithm.evaluations == 24
+    assert best.attention_factor == pytest.approx(1.06, abs=0.021)
+    assert score < 2e-3
 
 
 def test_what_makes_no_sense_is_refused_in_one_line():
@@ -84,7 +123,7 @@ def test_what_makes_no_sense_is_refused_in_one_line():
 
 
 def test_a_short_table_reaches_the_exported_config(tmp_path):
-    short = RescaleFactors((1.0,) * 4 + (1.1,) * 4, 32, 32)
+    short = RescaleFactors((1.0,) * 4 + (1.1,) * 4, 32, 32, attention_factor=FIRST.attention_factor)
     short.save(tmp_path / "short.json")
     model = export_model(extended(), None, tmp_path / "long")
     export_checkpoint(str(model), str(tmp_path / "both"), short=str(tmp_path / "short.json"))
