@@ -31,10 +31,10 @@ SAVINGS = {
 }
 
 
-def model_of(name, **changes):
+def model_of(name, dtype="float32", **changes):
     torch.manual_seed(0)
     config = {**LLAMA, "bos_token_id": 1, "eos_token_id": 2, **FAMILIES[name], **changes}
-    model = load_model(config={k: v for k, v in config.items() if v is not None})
+    model = load_model(config={k: v for k, v in config.items() if v is not None}, dtype=dtype)
     return model.train()
 
 
@@ -103,3 +103,20 @@ def test_arguments_without_effect_are_refused():
         Memory(mlp_tile=0)
     with pytest.raises(ValueError, match="has no `mlp`"):
         save_memory(None, nn.ModuleList([nn.Linear(2, 2)]), False, Memory(mlp_tile=8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloaded_inputs_leave_the_gpu():
+    tokens = torch.randint(1, 96, (1, 8192), generator=torch.Generator().manual_seed(1)).cuda()
+    peaks, gradients = [], []
+    for further in (Memory(), Memory(offload_activations=True)):
+        model = model_of("llama", num_hidden_layers=12, dtype="bfloat16").cuda()
+        save_memory(model, decoder_layers(model), True, further)
+        torch.cuda.reset_peak_memory_stats()
+        step(model, tokens)
+        peaks.append(torch.cuda.max_memory_allocated())
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert peaks[0] - peaks[1] > 10 * 8192 * 64 * 2
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
