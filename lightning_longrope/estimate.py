@@ -163,18 +163,22 @@ def memory_parts(model: ModelSize, run: Run) -> dict[str, float]:
 
 
 def weight_bytes(model: ModelSize, run: Run) -> float:
-    """Bytes of the weights on one GPU, with their copies in a half type under autocast."""
+    """Bytes of the weights on one GPU, with the half copies that autocast keeps to the end of a forward pass.
+
+    In training these are gone when the gradients are all there, which take more.
+    """
     if run.levers.offload_parameters:
         return 0.0
-    copies = 2 * model.parameters if run.precision == "mixed" and run.weight_bytes == 4 else 0
+    copies = 2 * model.parameters if run.precision == "mixed" and run.weight_bytes == 4 and not run.training else 0
     shared = run.levers.devices if run.levers.zero_stage == 3 else 1
     return model.parameters * run.weight_bytes / shared + copies
 
 
 def state_bytes(model: ModelSize, run: Run) -> float:
-    """Bytes of gradients and optimizer states on one GPU."""
+    """Bytes of gradients and optimizer states on one GPU; DDP has the gradients a second time, in its buckets."""
     stage, devices = run.levers.zero_stage, run.levers.devices
-    gradients = run.gradient_bytes / (devices if stage >= 2 else 1)
+    twice = 2 if run.levers.strategy == "ddp" and devices > 1 else 1
+    gradients = twice * run.gradient_bytes / (devices if stage >= 2 else 1)
     states = (run.state_bytes - run.gradient_bytes) / (devices if stage >= 1 else 1)
     if run.levers.offload_optimizer:
         states, gradients = 0.0, 0.0 if stage >= 2 else gradients
