@@ -231,6 +231,15 @@ class RescaleFactors:
         fields["max_position_embeddings"] = geometry.original_length
         return _from_config(fields, geometry.original_length, None)
 
+    @classmethod
+    def from_config(cls, config: Any) -> "RescaleFactors":
+        """The table of a Hugging Face config's rope type, the long one of two; see :meth:`load`.
+
+        Raises:
+            ValueError: If the rope type is unknown or does not tell its window.
+        """
+        return _from_config(config_fields(config), None, None)
+
     def to_hf(self, config: Any, short: "RescaleFactors | None" = None) -> dict[str, Any]:
         """The ``rope_parameters`` that make a Hugging Face model use these factors (rope type ``longrope``).
 

@@ -99,20 +99,11 @@ def rope_geometry(config: Any) -> RopeGeometry:
     )
 
 
-def sliding_attention(config: Any) -> int | None:
-    """How many of the last tokens a model attends to, if no layer sees more; None if one does."""
-    fields = config_fields(config)
-    layers = fields.get("layer_types") or ["sliding_attention"]
-    if fields.get("use_sliding_window") is False or any(kind != "sliding_attention" for kind in layers):
-        return None
-    return fields.get("sliding_window")
-
-
 def set_pretrained_window(config: Any, length: int) -> None:
-    """Corrects the pretrained window in a model's config, in place, and lets attention that slides see all tokens.
+    """Corrects the pretrained window in a model's config, in place.
 
     Mistral-7B-v0.1 says 32,768 tokens, but no layer has ever attended to more than 4,096 (Phi-3-mini: 2,048), so those
-    are all the distances its positions have learnt. Layers that slide beside others that do not stay as they are.
+    are all the distances its positions have learnt.
 
     Args:
         config: Hugging Face config of the model.
@@ -123,11 +114,7 @@ def set_pretrained_window(config: Any, length: int) -> None:
     """
     if length < 1:
         raise ValueError(f"`original_length` must be at least 1 token, got {length}.")
-    slides, text = sliding_attention(config) is not None, config.get_text_config()
+    text = config.get_text_config()
     text.max_position_embeddings = length
     if getattr(text, "original_max_position_embeddings", None):
         text.original_max_position_embeddings = length
-    if slides:
-        text.sliding_window = None
-        if getattr(text, "layer_types", None):
-            text.layer_types = ["full_attention"] * len(text.layer_types)

@@ -33,7 +33,8 @@ from lightning_longrope.isolation import Stretches, isolated_documents, plain_ro
 from lightning_longrope.lora import LoRA, merged_weights
 from lightning_longrope.rotary import RescaledRotary
 from lightning_longrope.sequence_parallel import sequence_group, shared_rows
-from lightning_longrope.tables import LengthTables
+from lightning_longrope.sliding import say_reach
+from lightning_longrope.tables import LengthTables, tables_in_force
 
 __all__ = [
     "RopeGeometry",
@@ -78,6 +79,7 @@ def install_factors(model: PreTrainedModel, factors: RescaleFactors | LengthTabl
         RuntimeError: If the logits do not depend on the table installed.
     """
     installed = LengthTables.of(factors)
+    say_reach(model, installed.longest.target_length)
     decoder, geometry = _rotary_owner(model), _checked_geometry(model, installed.tables)
     current, earlier, longest = decoder.rotary_emb, installed_factors(model), installed.longest
     stock, positions = _own(current), _spread(longest.target_length)
@@ -107,8 +109,10 @@ def installed_factors(model: PreTrainedModel) -> RescaleFactors | None:
 
 def window(model: PreTrainedModel) -> int:
     """Tokens a model can read: the target length of its factors, or what its config says."""
-    factors = installed_factors(model)
-    return int(model.config.get_text_config().max_position_embeddings if factors is None else factors.target_length)
+    tables = installed_tables(model) or tables_in_force(model.config)
+    if tables is not None:
+        return tables.longest.target_length
+    return int(model.config.get_text_config().max_position_embeddings)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_longrope.advising import MemoryAdvice
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.geometry import set_pretrained_window, sliding_attention
+from lightning_longrope.geometry import set_pretrained_window
 from lightning_longrope.isolation import Stretches
 from lightning_longrope.layers import compile_decoder_layers, decoder_layers, scale_initial_weights, shard_weights
 from lightning_longrope.lora import LoRA, add_adapters
@@ -32,6 +32,7 @@ from lightning_longrope.model import (
 from lightning_longrope.optimizers import Schedule
 from lightning_longrope.rotary import float32_rotary
 from lightning_longrope.sequence_parallel import sequence_group
+from lightning_longrope.sliding import lift_sliding_window, slides_everywhere
 from lightning_longrope.tables import LengthTables
 
 log = logging.getLogger(__name__)
@@ -121,12 +122,8 @@ class LongRoPEModule(LightningModule):
             scale_initial_weights(self.model)
         if self.original_length is not None:
             set_pretrained_window(self.model.config, self.original_length)
-        if (reach := sliding_attention(self.model.config)) is not None:
-            log.warning(
-                "Every layer attends to the last %d tokens alone (`sliding_window`): a longer window changes nothing."
-                " To lift that, set `model.original_length` to the window that was pretrained.",
-                reach,
-            )
+            if slides_everywhere(self.model.config):
+                lift_sliding_window(self.model)
         if self.factors is not None:
             self._install(self.factors)
         if self.lora is not None:

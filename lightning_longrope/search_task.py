@@ -4,18 +4,26 @@
     second extension    table = installed table x candidate  baselines  the same on top of the installed table
     recovery            table = candidate, small factors     baselines  no change, the installed table, PI, NTK, YaRN
 
+A model that comes extended (Llama 3.1, YaRN and LongRoPE configs) counts as one with its table installed.
+
 Source: LongRoPE, arXiv:2402.13753, Sections 3.3 (second extension) and 3.4 (recovery of the short window).
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.model import installed_factors, rope_geometry
+from lightning_longrope.geometry import rope_geometry, rope_parameters
+from lightning_longrope.model import installed_factors
 from lightning_longrope.rope import longrope_attention_factor
 from lightning_longrope.search import Candidate, SearchSpace
+from lightning_longrope.sliding import say_reach
+from lightning_longrope.tables import tables_in_force
+
+log = logging.getLogger(__name__)
 
 FORMULAS = ("linear", "ntk", "yarn")
 
@@ -57,8 +65,8 @@ def search_task(
     Raises:
         ValueError: If the target is within the model's window without ``recovery``, or there is nothing to multiply.
     """
-    geometry, installed = rope_geometry(model.config), installed_factors(model)
-    installed = None if installed is None or installed.is_identity else installed
+    geometry, installed = rope_geometry(model.config), _starting_point(model)
+    say_reach(model, target_length)
     if multiply is None:
         multiply = not recovery and installed is not None and target_length > installed.target_length
     if multiply and (installed is None or recovery):
@@ -98,6 +106,20 @@ def search_task(
             )
         formulas = extra if space.scale <= 1 else {**extra, **formulas}
     return SearchTask(space, formulas, base)
+
+
+def _starting_point(model: Any) -> RescaleFactors | None:
+    """The factors installed in a model, or those with which it comes; None for a plain pretrained one."""
+    installed, own = installed_factors(model), tables_in_force(model.config)
+    if installed is not None:
+        return None if installed.is_identity else installed
+    if own is not None:
+        log.info(
+            "%s comes with %s factors: pretrained on %d tokens, extended to %d.",
+            *(type(model).__name__, rope_parameters(model.config)["rope_type"]),
+            *(own.longest.original_length, own.longest.target_length),
+        )
+    return own.longest if own else None
 
 
 def _formulas(space: SearchSpace, base: RescaleFactors | None) -> dict[str, RescaleFactors]:

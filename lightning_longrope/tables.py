@@ -18,7 +18,7 @@ from typing import Any
 
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.files import write_json
-from lightning_longrope.geometry import rope_parameters
+from lightning_longrope.geometry import config_fields, rope_parameters
 
 PRETRAINED = "none"
 """In place of a file: no rescaling within the pretrained window."""
@@ -134,7 +134,29 @@ def _tables_in(path: Path, monotone: bool) -> list[RescaleFactors]:
     data = json.loads(text)
     if "tables" in data:
         return list(LengthTables.from_dict(data).tables)
-    short = None if "values" in data else rope_parameters(data).get("short_factor")
+    return [longest] if "values" in data else _of_config(data, longest)
+
+
+def tables_in_force(config: Any) -> LengthTables | None:
+    """The tables with which a model comes, if it was extended before: Llama 3.1, YaRN and LongRoPE models.
+
+    ``linear`` and ``dynamic`` configs do not say from which window they extend, so nothing is told of them.
+
+    Args:
+        config: A Hugging Face config object, or the dict of a ``config.json``.
+    """
+    try:
+        kind = rope_parameters(config)["rope_type"]
+    except ValueError:  # no rotary embedding
+        return None
+    if kind not in ("llama3", "yarn", "longrope", "su"):
+        return None
+    return LengthTables(tuple(_of_config(config_fields(config), RescaleFactors.from_config(config))))
+
+
+def _of_config(config: Mapping[str, Any], longest: RescaleFactors) -> list[RescaleFactors]:
+    """The table of a Hugging Face config, after its short one where that differs."""
+    short = rope_parameters(config).get("short_factor")
     if short is None or tuple(short) == longest.values:
         return [longest]
     return [replace(longest, values=tuple(short), target_length=longest.original_length), longest]

@@ -5,7 +5,7 @@ import torch
 from helpers import LLAMA, tiny_llama
 from transformers import AutoModelForCausalLM, MistralConfig, Phi3Config
 
-from lightning_longrope import LongRoPEModule
+from lightning_longrope import LongRoPEModule, RescaleFactors, install_factors
 from lightning_longrope.model import installed_factors, rope_geometry
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -51,16 +51,19 @@ def test_the_pretrained_window_is_that_of_attention_that_slides_no_more(tmp_path
     sliding, everything = (
         AutoModelForCausalLM.from_pretrained(tmp_path, **changes) for changes in ({}, {"sliding_window": None})
     )
-    with caplog.at_level("WARNING"):
-        untouched = module_of(tmp_path)
-    assert "the last 16 tokens" in caplog.text
+    untouched = module_of(tmp_path)
     assert torch.equal(logits(untouched.model), logits(sliding))
+    factors = RescaleFactors((2.0,) * rope_geometry(own).pairs, 16, 64)
+    with caplog.at_level("WARNING"):
+        install_factors(untouched.model, factors)
+    assert "the last 16 tokens" in caplog.text
     caplog.clear()
     lifted = module_of(tmp_path, original_length=16)
-    assert not caplog.text
     assert torch.equal(logits(lifted.model), logits(everything))
     assert not torch.allclose(logits(sliding), logits(everything), atol=1e-2)
     assert rope_geometry(lifted.model.config).original_length == 16
+    install_factors(lifted.model, factors)
+    assert not caplog.text
 
 
 def test_a_window_of_no_tokens_is_refused(tmp_path):

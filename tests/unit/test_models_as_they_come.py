@@ -1,0 +1,161 @@
+"""Models with sliding windows and models that were extended before, held against transformers' own."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_longrope import LongRoPEModule, RescaleFactors, install_factors, load_model
+from lightning_longrope.model import window
+from lightning_longrope.search import Candidate
+from lightning_longrope.search_task import search_task
+from lightning_longrope.sliding import lift_sliding_window, sliding_window
+from lightning_longrope.tables import tables_in_force
+
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SLIDING = {
+    "mistral": ({}, 2),
+    "phi3": ({}, 2),
+    "qwen2": ({"use_sliding_window": True, "max_window_layers": 1}, 1),
+    "gemma2": ({"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}, 1),
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + i for i in range(8)],
+}
+
+
+def _model(family="llama", **changes):
+    torch.manual_seed(0)
+    return load_model(config={"model_type": family, **COMMON, **changes}).eval()
+
+
+@torch.no_grad()
+def _logits(model, length=40):
+    tokens = torch.randint(3, 96, (2, length), generator=torch.Generator().manual_seed(0))
+    return model(tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_a_lifted_window_is_the_model_that_never_had_one(tmp_path, family, caplog):
+    changes, layers = SLIDING[family]
+    model = _model(family, sliding_window=8, **changes)
+    assert (sliding_window(model.config).layers, sliding_window(model.config).of) == (layers, 2)
+    config = copy.deepcopy(model.config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * 2
+    else:
+        config.sliding_window = None
+    never = AutoModelForCausalLM.from_config(config).eval()
+    never.load_state_dict(model.state_dict())
+    assert (_logits(model) - _logits(never)).abs().max() > 1e-2
+    lift_sliding_window(model)
+    assert torch.equal(_logits(model), _logits(never))
+    read = [  # by FlashAttention, which takes the window from the layers and not from a mask
+        {name: vars(part).get(name) for name in ("sliding_window", "attention_type", "layer_type")}
+        for part in (*model.modules(), *never.modules())
+    ]
+    assert read[: len(read) // 2] == read[len(read) // 2 :]
+    assert sliding_window(model.config) is None
+    prompt = torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(1))
+    cached, plain = (
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), use_cache=kept, do_sample=False, max_new_tokens=8
+        )
+        for kept in (True, False)
+    )
+    assert torch.equal(cached, plain)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(_logits(load_model(tmp_path)), _logits(never))
+
+
+def test_a_window_that_slides_everywhere_is_said_once_and_lifted_by_a_setting(tmp_path, caplog):
+    model = _model("mistral", sliding_window=8)
+    for target in (32, 32, 64):
+        install_factors(model, RescaleFactors((2.0,) * 8, 16, target))
+    assert len([line for line in caplog.messages if "factors for" in line and "extend nothing" in line]) == 2
+    assert "All 2 layers of MistralForCausalLM see only the last 8 tokens" in caplog.text
+    caplog.clear()
+    install_factors(_model("mistral", sliding_window=64), RescaleFactors((2.0,) * 8, 16, 64))
+    install_factors(_model("llama"), RescaleFactors((2.0,) * 8, 16, 64))
+    assert caplog.messages == []
+    model.save_pretrained(tmp_path)
+    for original, expected in ((None, 8), (16, None)):
+        module = LongRoPEModule(str(tmp_path), original_length=original)
+        module.configure_model()
+        assert module.model.config.sliding_window == expected
+        checkpoint = {"state_dict": module.state_dict()}
+        module.on_save_checkpoint(checkpoint)
+        torch.save(checkpoint, tmp_path / "a.ckpt")
+        assert load_model(tmp_path / "a.ckpt").config.sliding_window == expected
+
+
+def test_local_layers_with_a_rotary_embedding_of_their_own_are_left_alone(caplog):
+    caplog.set_level("INFO", "lightning_longrope")
+    kinds = ["sliding_attention", "full_attention"]
+    model = _model("gemma3_text", head_dim=16, sliding_window=8, layer_types=kinds)
+    assert sliding_window(model.config).own_rope
+    with pytest.raises(ValueError, match="own for short distances"):
+        lift_sliding_window(model)
+    install_factors(model, RescaleFactors((2.0,) * 8, 64, 128))
+    assert "1 of 2 layers of Gemma3ForCausalLM see only the last 8 tokens and keep" in caplog.text
+
+
+@pytest.mark.parametrize(("parameters", "reach"), [(LLAMA3, 64), (YARN, 128), (LONGROPE, 64)])
+def test_an_extended_model_is_searched_on_top_of_its_own_table(parameters, reach, caplog):
+    caplog.set_level("INFO", "lightning_longrope")
+    model = _model(rope_parameters=parameters)
+    rotary = model.model.rotary_emb
+    if parameters is LONGROPE:
+        rotary(torch.zeros(1, 1, 64), torch.tensor([[40]]))  # beyond its own window: the long table
+    plain = torch.tensor([10_000.0 ** (-2 * i / 16) for i in range(8)], dtype=torch.float64)
+    assert window(model) == reach
+    task = search_task(model, 2 * reach)
+    assert (task.base.original_length, task.base.target_length) == (16, reach)
+    assert f"comes with {parameters['rope_type']} factors: pretrained on 16 tokens, extended to {reach}" in caplog.text
+    candidate = Candidate(tuple(1 + 0.1 * i for i in range(8)), 0, 1.0)
+    table = task.table(candidate)
+    speeds = plain / torch.tensor(table.values, dtype=torch.float64)
+    expected = rotary.inv_freq.double() / torch.tensor(candidate.values, dtype=torch.float64)
+    torch.testing.assert_close(speeds, expected, rtol=1e-6, atol=0)
+    assert task.base.attention_factor == pytest.approx(rotary.attention_scaling)
+    assert search_task(model, reach).base is None  # nothing longer: candidates are tables themselves
+    install_factors(model, RescaleFactors((2.0,) * 8, 16, 32))
+    assert search_task(model, 2 * reach).base.values == (2.0,) * 8
+
+
+def test_what_a_config_does_not_tell_is_not_made_up():
+    assert tables_in_force(_model().config) is None
+    assert window(load_model(config={"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2})) == 1024
+    linear = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+    assert tables_in_force(_model(rope_parameters=linear).config) is None
+    assert [table.target_length for table in tables_in_force(_model(rope_parameters=LONGROPE).config).tables] == [
+        16,
+        64,
+    ]
