@@ -39,11 +39,12 @@ def is_checkpoint(path: Path) -> bool:
     return path.suffix == ".ckpt" or is_deepspeed(path) or _is_distributed(path)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_checkpoint(path: Path, values: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a checkpoint written by ``LongRoPEModule`` holds of its model.
 
     Args:
         path: A ``.ckpt`` file, or the folder that DeepSpeed or FSDP2 has written in its place.
+        values: Whether the values of the weights are wanted; else some may be anything, where that spares memory.
 
     Returns:
         The ``longrope`` entry (``config`` and ``factors``), and the weights by their names in the model: the float32
@@ -53,7 +54,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: If there is no such checkpoint, another module has written it, or it is not whole or not safe.
     """
     if is_deepspeed(path):
-        extra, weights = _read_deepspeed(path)
+        extra, weights = _read_deepspeed(path, values)
     elif _is_distributed(path):
         extra, weights = _load(path / "meta.pt"), _read_distributed(path)
     elif path.is_file():
@@ -127,7 +128,7 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _read_deepspeed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_deepspeed(path: Path, values: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What Lightning has saved beside the weights of a DeepSpeed folder, and the weights."""
     folder = _tag_folder(path)
     models = sorted(folder.glob("*_model_states.pt"))
@@ -143,7 +144,7 @@ def _read_deepspeed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{file} holds objects that are not safe to read: {', '.join(sorted(unknown))}.")
     choose_accelerator()
     try:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, to_torch_tensor
     except ImportError as error:
         raise ValueError(
             f"{path} is a DeepSpeed checkpoint, which needs DeepSpeed: pip install lightning-longrope[deepspeed]."
@@ -151,7 +152,8 @@ def _read_deepspeed(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with redirect_stdout(io.StringIO()):  # it prints
             # unpickles without restrictions, hence the check above
-            return extra, get_fp32_state_dict_from_zero_checkpoint(str(path), tag=folder.name)
+            state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=folder.name, lazy_mode=True)
+            return extra, to_torch_tensor(state, return_empty_tensor=not values)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path} is not whole: {error}") from error
 

@@ -473,12 +473,13 @@ def _undo_rescaling(config: Any) -> None:
 
 def _load_checkpoint(path: Path, how: dict[str, Any]) -> PreTrainedModel:
     """The model of a checkpoint written by ``LongRoPEModule``."""
-    saved, weights = read_checkpoint(path)
+    partitioned = is_deepspeed_zero3_enabled()  # while it is read, from the values of the first rank
+    saved, weights = read_checkpoint(path, values=not partitioned or torch.distributed.get_rank() == 0)
     entries = dict(saved["config"])
     config = AutoConfig.for_model(entries.pop("model_type"), **entries)
     if (adapters := saved.get("lora")) is not None:
         weights = merged_weights(weights, LoRA(**adapters))
-    if is_deepspeed_zero3_enabled():  # which takes weights while it partitions the model
+    if partitioned:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model = kind.from_pretrained(None, config=config, state_dict=weights, **how)
     else:
