@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPU_TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
-.PHONY: install quickstart test clean
+.PHONY: install quickstart test docs clean
 
 install: $(VENV)/installed
 
@@ -26,5 +26,9 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+docs: install
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf docs/_build docs/api docs/commands $(VENV) .mypy_cache .pytest_cache .ruff_cache

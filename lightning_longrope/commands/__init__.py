@@ -26,6 +26,11 @@ from lightning_longrope.out_of_memory import is_out_of_memory
 
 log = logging.getLogger("lightning_longrope")
 
+COMMANDS = {"run": recipe.run, "estimate": estimate.estimate} | dict.fromkeys(LongRoPECLI.subcommands(), train.trainer)
+COMMANDS |= {"data": data.data, "eval": evaluation.evaluate, "export": export.export, "report": report.report}
+COMMANDS |= {"generate": generate.generate, "tokenize": tokenize.tokenize, "doctor": doctor.doctor}
+"""What each word runs: a function of the word and of those after it."""
+
 
 def run_command(command: str, arguments: list[str]) -> int:
     """Runs one command of the command line; see ``__main__``.
@@ -35,14 +40,10 @@ def run_command(command: str, arguments: list[str]) -> int:
         such a line on another process of the run that was lost.
     """
     _quiet()
-    known = {**dict.fromkeys(LongRoPECLI.subcommands(), train.trainer), "run": recipe.run}
-    known |= {"data": data.data, "eval": evaluation.evaluate, "export": export.export, "report": report.report}
-    known |= {"generate": generate.generate, "tokenize": tokenize.tokenize, "estimate": estimate.estimate}
-    known |= {"doctor": doctor.doctor}
     try:
-        if command not in known:
-            raise ValueError(f"there is no command {command!r}; there are {', '.join(known)}.")
-        known[command](command, arguments)
+        if command not in COMMANDS:
+            raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}.")
+        COMMANDS[command](command, arguments)
     except Exception as error:
         lost = peers.explain(error)
         mistake = isinstance(error, ValueError | OSError | MisconfigurationException)

@@ -49,6 +49,8 @@ class SearchResult:
 class SearchAlgorithm(ABC):
     """Proposes candidates and learns from their scores; lower is better.
 
+    ::
+
         algorithm = RampSearch().start(space, seed=0)
         while candidates := algorithm.ask():
             algorithm.tell(candidates, [score(candidate) for candidate in candidates])
