@@ -50,7 +50,7 @@ def test_short_names_values_that_are_there(recipe, tmp_path):
 def test_all_recipes_were_seen():
     assert {path.name for path in RECIPES} >= {
         "quickstart", "llama2-7b-2048k", "mistral-7b-2048k", "llama3-8b-128k", "phi3-mini-128k", "pi-32k",
-        "ablation-windows"}  # fmt: skip
+        "ablation-windows", "tiny-progressive"}  # fmt: skip
 
 
 def classes():
