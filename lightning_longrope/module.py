@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
@@ -110,6 +111,7 @@ class LongRoPEModule(LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
+        self._check_strategy()
         self.model = load_model(
             self.name_or_path,
             config=self.config,
@@ -131,6 +133,14 @@ class LongRoPEModule(LightningModule):
         save_memory(self.model, decoder_layers(self.model), self.gradient_checkpointing, self.memory)
         if self.device_mesh is not None:
             shard_weights(self.model, self.device_mesh["data_parallel"])
+
+    def _check_strategy(self) -> None:
+        """Refuses the strategy under which all that follows goes wrong without a word."""
+        if self._trainer is not None and type(self.trainer.strategy) is DeepSpeedStrategy:
+            raise ValueError(
+                "Lightning's DeepSpeedStrategy divides accumulated gradients twice, rounds rotary tables and empties"
+                " random weights under stage 3: use LongContextDeepSpeedStrategy (lightning_longrope.strategies)."
+            )
 
     def _install(self, factors: str | list[str] | dict[str, Any]) -> None:
         if isinstance(factors, dict):

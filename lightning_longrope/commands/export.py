@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_longrope.checkpoints import is_checkpoint
 from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.datamodules.sample_text import library_sources
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
@@ -40,7 +41,7 @@ def export_arguments(stage: Stage) -> dict[str, Any]:
 def export(command: str, arguments: list[str]) -> None:
     """``longrope export RUN OUT``."""
     parser = Parser(prog="longrope export", description="Writes a Hugging Face folder from a run or a checkpoint.")
-    parser.add_argument("run", help="output folder of a recipe or a stage, a .ckpt, or a model folder")
+    parser.add_argument("run", help="output folder of a recipe or a stage, a checkpoint, or a model folder")
     parser.add_argument("out", help="folder to write; with --gguf the .gguf file to write")
     parser.add_argument("--tokenizer", help="name or folder of the tokenizer; the one of the run by default")
     parser.add_argument("--short", help="file of factors for texts within the pretrained window")
@@ -134,7 +135,7 @@ def find_checkpoint(run: Path) -> Path:
     Raises:
         ValueError: If there is none.
     """
-    if run.suffix == ".ckpt" and run.exists() or (run / "config.json").exists():
+    if (is_checkpoint(run) and run.exists()) or (run / "config.json").exists():
         return run
     found = sorted(run.glob(f"*/{CHECKPOINT}"), key=lambda path: int(path.parts[-3].split("-")[0]))
     candidates = [run / CHECKPOINT] if (run / CHECKPOINT).exists() else found

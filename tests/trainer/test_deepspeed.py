@@ -30,6 +30,7 @@ import pytest
 import torch
 from helpers import LLAMA, random_loader, tiny_llama
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from processes import PARTITIONED, run_ranks
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -373,7 +374,8 @@ def test_adapters_in_a_folder_are_merged(runs):
 
 def test_a_folder_is_exported(runs, tmp_path):
     trained = torch.load(runs / "zero3.pt")
-    folder = export_checkpoint(str(runs / "zero3.ckpt"), str(tmp_path / "hf"))
+    shutil.copytree(runs / "zero3.ckpt", tmp_path / "named as it pleases")
+    folder = export_checkpoint(str(tmp_path / "named as it pleases"), str(tmp_path / "hf"))
     exported = AutoModelForCausalLM.from_pretrained(folder)
     assert all(torch.equal(weight, trained[key]) for key, weight in exported.state_dict().items())
     assert exported.config.rope_parameters["rope_type"] == "longrope"
@@ -417,3 +419,10 @@ def test_a_folder_without_a_shard_is_not_whole(runs, tmp_path):
 def test_arguments_that_contradict_each_other(options, message):
     with pytest.raises(ValueError, match=message):
         LongContextDeepSpeedStrategy(**options)
+
+
+def test_lightnings_own_strategy_is_refused():
+    module = LongRoPEModule(config=LLAMA)
+    module._trainer = SimpleNamespace(strategy=DeepSpeedStrategy(stage=3))
+    with pytest.raises(ValueError, match="use LongContextDeepSpeedStrategy"):
+        module.configure_model()
