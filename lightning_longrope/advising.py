@@ -1,5 +1,6 @@
 """A run that ends out of memory says what to try next, on the error itself."""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -49,4 +50,5 @@ def levers_at_work(trainer: Trainer, module: Any) -> Levers:
         "memory": {name: getattr(memory, name, None) for name in ("offload_activations", "mlp_tile")},
     }
     heads = 1 if config is None else getattr(config.get_text_config(), "num_attention_heads", 1)
-    return levers_of(named, settings, trainer.world_size, heads)
+    levers = levers_of(named, settings, trainer.world_size, heads)
+    return replace(levers, chunked_loss=getattr(module, "chunked_loss", False))

@@ -118,7 +118,6 @@ class Run:
         weight_bytes: Of each weight.
         state_bytes: Of each trainable weight besides: its gradient, a float32 copy if there is one, optimizer moments.
         gradient_bytes: Of these, the gradient.
-        chunked_loss: Whether the logits of a row never exist at once.
         kernels: Of the backward pass.
     """
 
@@ -130,7 +129,6 @@ class Run:
     weight_bytes: int = 2
     state_bytes: float = 14.0
     gradient_bytes: int = 2
-    chunked_loss: bool = True
     kernels: Kernels | None = None
 
     @property
@@ -157,7 +155,7 @@ def memory_parts(model: ModelSize, run: Run) -> dict[str, float]:
     if run.levers.sequence_parallel_size > 1:
         scale = _element(run) / 2
         parts["exchange between ranks"] = run.tokens * EXCHANGE * scale * _units(model).attention
-    if not run.chunked_loss:
+    if run.training and not run.levers.chunked_loss:
         parts["logits"] = run.tokens * LOGIT * model.vocabulary
     return {name: size for name, size in parts.items() if size}
 

@@ -77,6 +77,8 @@ def plain_rows(model: PreTrainedModel, input_ids: Tensor) -> Stretches | None:
     """
     rows, length = input_ids.shape
     window = shortest_window(model.config)
+    if "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        _warn_of_mask(type(model).__name__)  # of Llama 4, whose chunks we do not know
     if window is None or length <= window or not model.config._attn_implementation.startswith(("sdpa", "eager")):
         return None
     try:
@@ -98,8 +100,9 @@ def shortest_window(config: Any) -> int | None:
 @cache
 def _warn_of_mask(model: str) -> None:
     log.warning(
-        "%s takes no bounds of rows, so transformers builds a dense mask for its sliding windows, S x S for rows of S"
-        " tokens; choose `attn_implementation` flash_attention_2 or flex_attention for long rows.",
+        "%s takes no bounds of rows, so under sdpa and eager attention transformers builds a dense mask for its"
+        " windows, S x S for rows of S tokens: for long rows choose flash_attention_2 or flex_attention as the"
+        " `attn_implementation`.",
         model,
     )
 

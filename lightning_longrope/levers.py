@@ -2,7 +2,8 @@
 
     chunked loss, checkpointed layers, layer inputs and states on the CPU, MLP in tiles, sequence parallel, ZeRO stage
 
-The loss is always in chunks here. ``estimate`` tries the others out; a run that ends out of memory names the next one.
+``LongRoPEModule`` always has its loss in chunks. ``estimate`` tries the others out; a run that ends out of memory names
+the next one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ class Levers:
         offload_optimizer: Optimizer states and gradients are on the CPU.
         offload_parameters: Weights are on the CPU.
         sequence_parallel_size: Ranks that share a row.
+        chunked_loss: The logits of a whole row never exist at once.
         gradient_checkpointing: Layers keep only their inputs.
         offload_activations: These are on the CPU.
         mlp_tile: Tokens that go through an MLP at a time.
@@ -50,6 +52,7 @@ class Levers:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     sequence_parallel_size: int = 1
+    chunked_loss: bool = True
     gradient_checkpointing: bool = False
     offload_activations: bool = False
     mlp_tile: int | None = None
@@ -95,6 +98,8 @@ def unused_levers(levers: Levers, training: bool = True) -> Iterator[Lever]:
 
 
 def _for_the_backward_pass(levers: Levers) -> Iterator[Lever]:
+    if not levers.chunked_loss:
+        yield Lever("chunked loss", {"chunked_loss": True})
     if not levers.gradient_checkpointing:
         yield Lever("activation checkpointing", {"gradient_checkpointing": True})
     elif not levers.offload_activations:
@@ -108,6 +113,8 @@ def _for_the_backward_pass(levers: Levers) -> Iterator[Lever]:
 def keys(before: Levers, after: Levers) -> list[str]:
     """What to set in a configuration to come from one run to the other."""
     found = []
+    if after.chunked_loss != before.chunked_loss:
+        found.append("lightning_longrope.losses.chunked_nll as the loss")
     if after.gradient_checkpointing != before.gradient_checkpointing:
         found.append("model.init_args.gradient_checkpointing: true")
     if after.offload_activations != before.offload_activations:

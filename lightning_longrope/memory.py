@@ -24,7 +24,7 @@ class Memory:
     Attributes:
         offload_activations: Keep the inputs of checkpointed layers on the CPU, L x H x 2 bytes a token in a half type.
             They are copied to and fro through pinned memory, which takes little time beside long rows. Needs
-            ``gradient_checkpointing``.
+            ``gradient_checkpointing``, and layers that are not compiled.
         mlp_tile: Tokens that go through the MLP of a layer at a time, 8192 for instance; all if None.
 
     Raises:
@@ -39,16 +39,21 @@ class Memory:
             raise ValueError(f"`memory.mlp_tile` must be at least 1 token, or null for no tiles, got {self.mlp_tile}.")
 
 
-def check_memory(memory: Memory, gradient_checkpointing: bool) -> None:
+def check_memory(memory: Memory, gradient_checkpointing: bool, compile_layers: bool = False) -> None:
     """Refuses what has no effect.
 
     Raises:
-        ValueError: If there are no checkpointed layers whose inputs could go to the CPU.
+        ValueError: If there are no checkpointed layers whose inputs could go to the CPU, or they could not be compiled.
     """
     if memory.offload_activations and not gradient_checkpointing:
         raise ValueError(
             "`memory.offload_activations` moves the inputs of checkpointed layers, and there are none:"
             " set `gradient_checkpointing: true` too."
+        )
+    if memory.offload_activations and compile_layers:
+        raise ValueError(
+            "`compile_layers` has no effect with `memory.offload_activations`, which torch.compile does not take:"
+            " set one of them to false."
         )
 
 

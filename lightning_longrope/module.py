@@ -68,6 +68,9 @@ class LongRoPEModule(LightningModule):
         ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, or a saving of memory has no effect.
     """
 
+    chunked_loss = True
+    """Whether the logits of a whole row never exist at once; a subclass with another loss may say no."""
+
     def __init__(
         self,
         name_or_path: str | None = None,
@@ -98,7 +101,7 @@ class LongRoPEModule(LightningModule):
         self.schedule = schedule
         self.attn_implementation = attn_implementation
         self.dtype_name = dtype
-        check_memory(memory, gradient_checkpointing)
+        check_memory(memory, gradient_checkpointing, compile_layers)
         self.gradient_checkpointing = gradient_checkpointing
         self.memory = memory
         self.compile_layers = compile_layers

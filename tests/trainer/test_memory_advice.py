@@ -104,7 +104,7 @@ def test_other_errors_and_other_modules_are_left_alone(tmp_path):
     somebodys: LightningModule = Somebodys(torch.nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match="can't allocate") as caught:
         trainer_with(tmp_path, MemoryAdvice()).fit(somebodys, random_loader(), random_loader())
-    assert "activation checkpointing" in caught.value.__notes__[0]
+    assert "chunked loss, `lightning_longrope.losses.chunked_nll as the loss`" in caught.value.__notes__[0]
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path, capsys, monkeypatch):
@@ -133,9 +133,9 @@ def test_the_command_line_says_it_in_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_the_order_of_savings():
-    """Checkpoints, offload, tiled MLP, sequence parallel, ZeRO stage."""
-    levers, found = Levers("ddp", devices=4, heads=4), []
+    levers, found = Levers("ddp", devices=4, heads=4, chunked_loss=False), []
     for changes in (
+        {"chunked_loss": True},
         {"gradient_checkpointing": True}, {"offload_activations": True}, {"mlp_tile": 4096},
         {"sequence_parallel_size": 4}, {"strategy": "deepspeed", "zero_stage": 3},
         {"offload_optimizer": True}, {"offload_parameters": True}, {},
@@ -143,6 +143,7 @@ def test_the_order_of_savings():
         found.append(advice(levers).split("Next: ")[1].split(",")[0])
         levers = Levers(**{**vars(levers), **changes})
     assert found == [
+        "chunked loss",
         "activation checkpointing", "offload of layer inputs", "tiled MLP", "sequence parallel", "ZeRO stage 3",
         "offload of the optimizer", "offload of the weights", "more GPUs",
     ]  # fmt: skip

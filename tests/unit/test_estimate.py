@@ -54,9 +54,9 @@ def published(tokens, devices, sp=1, *, offload=False, tile=None, chunked=True, 
     levers = Levers(
         "deepspeed", devices=devices, zero_stage=3, sequence_parallel_size=sp, gradient_checkpointing=True,
         offload_activations=offload, mlp_tile=tile, offload_optimizer="optimizer" in states,
-        offload_parameters="parameters" in states,
+        offload_parameters="parameters" in states, chunked_loss=chunked,
     )  # fmt: skip
-    return Run(tokens, levers=levers, chunked_loss=chunked, kernels=FUSED)
+    return Run(tokens, levers=levers, kernels=FUSED)
 
 
 ALONE = {"states": ("optimizer", "parameters")}

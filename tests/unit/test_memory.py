@@ -99,6 +99,10 @@ def test_offloaded_inputs_are_all_that_waits_on_the_cpu(monkeypatch):
 def test_arguments_without_effect_are_refused():
     with pytest.raises(ValueError, match="gradient_checkpointing: true"):
         LongRoPEModule(config=LLAMA, memory=Memory(offload_activations=True))
+    with pytest.raises(ValueError, match="`compile_layers` has no effect"):
+        LongRoPEModule(
+            config=LLAMA, gradient_checkpointing=True, compile_layers=True, memory=Memory(offload_activations=True)
+        )
     with pytest.raises(ValueError, match="at least 1 token"):
         Memory(mlp_tile=0)
     with pytest.raises(ValueError, match="has no `mlp`"):
