@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from lightning_longrope.files import write_text
 from lightning_longrope.reporting import figures, tables
+from lightning_longrope.reporting.claims import paper_claims
 from lightning_longrope.reporting.drawing import Plot
 from lightning_longrope.reporting.names import (
     length_text,
@@ -62,7 +63,7 @@ def make_plots(run: Run) -> dict[str, Plot]:
     found = [figures.by_length(results, metric, metric) for metric in (*_PERPLEXITIES, *TASKS)]
     found += [figures.heat_maps(results, metric, f"{metric}_depth") for metric in TASKS]
     found += [figures.by_position(run.stages), figures.training_curves(run.stages)]
-    for stage, search, suffix in _searches(run):
+    for stage, search, suffix in [*_searches(run), *_recoveries(run)]:
         found.append(figures.search_curve(search, f"search_curve{suffix}"))
         if search.factors is not None:
             found.append(figures.factors_by_pair(search.factors, run.rope_base(stage), f"factors{suffix}"))
@@ -72,24 +73,36 @@ def make_plots(run: Run) -> dict[str, Plot]:
 def _searches(run: Run) -> list[tuple[Stage, Search, str]]:
     """Stages that searched, with an ending for the names of their figures; the first has none."""
     stages = [stage for stage in run.stages if stage.search is not None]
-    endings = ["", *(f"_{re.sub(r'[^A-Za-z0-9-]+', '-', stage.name)}" for stage in stages[1:])]
+    endings = ["", *(f"_{_plain(stage.name)}" for stage in stages[1:])]
     return [(stage, stage.search, end) for stage, end in zip(stages, endings, strict=False) if stage.search]
+
+
+def _recoveries(run: Run) -> list[tuple[Stage, Search, str]]:
+    """Stages that searched a table for short texts, with an ending for the names of their figures."""
+    return [(stage, stage.recovery, f"_{_plain(stage.name)}_short") for stage in run.stages if stage.recovery]
+
+
+def _plain(name: str) -> str:
+    """A name of letters, digits and hyphens, for files."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", name)
 
 
 def render(run: Run, plots: dict[str, Plot]) -> str:
     """The page as text; everything that comes from files is escaped."""
-    results = run.results
+    results, steps = run.results, extensions(run)
     others = [m for m in results.metrics if m not in (*_PERPLEXITIES, *TASKS) and not split_ratio(m)]
     return (
         environment()
         .get_template("report.html.j2")
         .render(
             run=run,
-            verdict=verdict(results, extensions(run)),
+            verdict=verdict(results, steps),
+            claims=paper_claims(results, steps),
             palette=palette(),
             # heat maps are tables in the page
             figures={name: inline(plot) for name, plot in plots.items() if not name.endswith("_depth")},
             searches=[_search_facts(run, *found) for found in _searches(run)],
+            recoveries=[_search_facts(run, *found) for found in _recoveries(run)],
             tables={metric: tables.by_length(results, metric) for metric in results.metrics},
             ratios={metric: tables.against_baselines(results, metric) for metric in results.metrics},
             tasks=[(metric, tables.heat_tables(results, metric)) for metric in TASKS if metric in results.metrics],
@@ -132,16 +145,23 @@ def stage_command(run: Run, stage: Stage) -> str | None:
 
 
 def extensions(run: Run) -> list[Extension]:
-    """What the run's searches extended from and to, and which tuned model came of each."""
-    found = []
-    for prefix, (_, search, _) in zip(("", "second_"), _searches(run), strict=False):
-        source: Any = vars(search.factors) if search.factors else search.state
-        original, target = source.get("original_length"), source.get("target_length")
-        earlier = f"tuned_{target}"
-        tuned = earlier if earlier in run.results.methods("perplexity") else "tuned"
-        score, baselines = search.state.get("best"), figures.baseline_scores(search)
-        found.append(Extension(prefix, original, target, tuned, score, baselines))
-    return found
+    """What the run's last search of each kind extended from and to, and which tuned model came of it.
+
+    A search whose formulas multiply earlier factors is a second extension.
+    """
+    last: dict[str, Search] = {}
+    for _, search, _ in _searches(run):
+        second = any(name.startswith("second_") for name in figures.baseline_scores(search))
+        last["second_" if second else ""] = search
+    return [_extension(run, prefix, last[prefix]) for prefix in ("", "second_") if prefix in last]
+
+
+def _extension(run: Run, prefix: str, search: Search) -> Extension:
+    source: Any = vars(search.factors) if search.factors else search.state
+    original, target = source.get("original_length"), source.get("target_length")
+    earlier = f"tuned_{target}"
+    tuned = earlier if earlier in run.results.methods("perplexity") else "tuned"
+    return Extension(prefix, original, target, tuned, search.state.get("best"), figures.baseline_scores(search))
 
 
 def inline(plot: Plot) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class Stage:
     """Text of ``config.yaml``."""
     results: tuple[Result, ...] = ()
     search: Search | None = None
+    recovery: Search | None = None
+    """A search for short texts."""
     losses: tuple[Curve, ...] = ()
     positions: tuple[PositionMean, ...] = ()
     command: str | None = None
@@ -91,7 +93,8 @@ class Run:
 
     def rope_base(self, stage: Stage) -> float | None:
         """Base of the rotary embedding: what the search wrote down, else the first ``rope_theta`` of the configs."""
-        known = stage.search.state.get("base") if stage.search else None
+        searches = [search for search in (stage.search, stage.recovery) if search is not None]
+        known = next((base for search in searches if (base := search.state.get("base")) is not None), None)
         configs = [stage.config, *(other.config for other in self.stages)]
         found = [known, *(_find(_yaml(text), "rope_theta") for text in configs if text)]
         return next((float(value) for value in found if value is not None), None)
@@ -111,7 +114,7 @@ def read_run(folder: str | Path) -> Run:
     notes: list[str] = []
     about = _read_mapping(folder / "run.json", notes)
     stages = _stages(folder, about, notes)
-    if not any(stage.config or stage.results or stage.search or stage.losses for stage in stages):
+    if not any(stage.config or stage.results or stage.search or stage.recovery or stage.losses for stage in stages):
         raise ValueError(
             f"Nothing to report in `{folder}`: expected config.yaml, search/, eval/results.csv or metrics.csv"
             " there or in the folder of a stage."
@@ -136,7 +139,7 @@ def _stages(folder: Path, about: dict[str, Any], notes: list[str]) -> tuple[Stag
 
 
 def _is_stage(path: Path) -> bool:
-    parts = ("config.yaml", "search", "eval/results.csv", "metrics.csv", "lightning_logs")
+    parts = ("config.yaml", "search", "search_short", "eval/results.csv", "metrics.csv", "lightning_logs")
     return path.is_dir() and any((path / part).exists() for part in parts)
 
 
@@ -156,6 +159,7 @@ def _stage(name: str, folder: Path | None, entry: dict[str, Any], notes: list[st
         config=_config(folder / "config.yaml"),
         results=tuple(read_results(results)) if results.is_file() else (),
         search=read_search(folder / "search", notes),
+        recovery=read_search(folder / "search_short", notes),
         losses=_losses(folder, notes),
         positions=_try(lambda: _positions(positions), positions, notes) or (),
         **done,

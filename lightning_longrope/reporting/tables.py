@@ -119,6 +119,8 @@ def change_cell(claim: Comparison) -> Cell:
 
 def _group(method: str) -> str:
     """Methods that work on the same weights are compared; tuned models are weights of their own."""
+    if method == "short":  # a table of the last tuned model
+        return "tuned"
     return method if method.startswith("tuned") else method.partition("_")[0] if method.startswith("second_") else ""
 
 

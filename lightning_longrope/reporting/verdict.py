@@ -88,7 +88,7 @@ def compare(ours: Result, theirs: Result, paired: Result | None = None) -> Compa
         paired: Ratio of the two on the same documents, with its interval, if that was measured.
     """
     plain = ours.metric in ACCURACIES
-    if not _usable(ours):
+    if not usable(ours):
         return Comparison(ours, theirs, math.nan, None, None, "worse")
     on_same = paired is not None and _has_interval(paired)
     if paired is not None and on_same:
@@ -139,7 +139,8 @@ def _shifted(end: float | None) -> float | None:
     return None if end is None else end - 1
 
 
-def _usable(row: Result) -> bool:
+def usable(row: Result) -> bool:
+    """Whether a measurement is a number that can be compared."""
     return math.isfinite(row.value) and (row.metric in ACCURACIES or row.value > 0)
 
 
@@ -209,8 +210,8 @@ def _extension(results: Results, extension: Extension) -> Verdict | None:
 
 def claims(results: Results, extension: Extension) -> dict[str, Comparison]:
     """The searched factors against the best baseline, by metric; metrics that were not measured are left out."""
-    subject = f"{extension.prefix}searched"
-    found = {metric: _claim(results, extension, subject, metric) for metric in _SENTENCES}
+    subject, formulas = f"{extension.prefix}searched", [f"{extension.prefix}{method}" for method in BASELINES]
+    found = {metric: against_best(results, metric, subject, formulas, extension.target_length) for metric in _SENTENCES}
     return {metric: claim for metric, claim in found.items() if claim is not None}
 
 
@@ -233,23 +234,30 @@ _VERBS: dict[Outcome, tuple[str, str]] = {
 }
 
 
-def _claim(results: Results, extension: Extension, subject: str, metric: str) -> Comparison | None:
-    """``subject`` against the best baseline, at the target length or, if not measured there, the longest one."""
+def against_best(
+    results: Results, metric: str, subject: str, others: Sequence[str], target_length: int | None
+) -> Comparison | None:
+    """A method against the best of others, at the target length or, if not measured there, the longest one.
+
+    Args:
+        results: The measurements.
+        metric: What is compared.
+        subject: The method in question.
+        others: Methods to choose from; the later wins a tie.
+        target_length: Length in tokens that is looked at first.
+
+    Returns:
+        None if they were not measured at the same length.
+    """
     lengths = [length for length in results.lengths(metric) if results.get(subject, metric, length)]
-    preferred = sorted(lengths, key=lambda length: (length == extension.target_length, length), reverse=True)
-    for length in preferred:
-        ours, theirs = results.get(subject, metric, length), best_baseline(results, extension.prefix, metric, length)
+    for length in sorted(lengths, key=lambda length: (length == target_length, length), reverse=True):
+        ours = results.get(subject, metric, length)
+        found = [results.get(other, metric, length) for other in others]
+        theirs = [row for row in found if row is not None and usable(row)]
         if ours and theirs:
-            paired = results.get(subject, f"{metric}_over_{theirs.method}", length)
-            return compare(ours, theirs, paired)
+            best = _best(theirs)
+            return compare(ours, best, results.get(subject, f"{metric}_over_{best.method}", length))
     return None
-
-
-def best_baseline(results: Results, prefix: str, metric: str, length: int) -> Result | None:
-    """The best of the methods that need no search, by ``metric`` at ``length``; None if none was measured."""
-    found = [results.get(f"{prefix}{method}", metric, length) for method in BASELINES]
-    usable = [row for row in found if row is not None and _usable(row)]
-    return _best(usable) if usable else None
 
 
 def _best(rows: Sequence[Result]) -> Result:
@@ -300,7 +308,7 @@ def _tuned(results: Results, extension: Extension, made: dict[str, Comparison]) 
     for metric, form in (("perplexity", "perplexity {}"), ("passkey", "{} of the pass keys")):
         before = made.get(metric)
         after = results.get(extension.tuned, metric, before.ours.length) if before else None
-        if before and after and _usable(before.ours):
+        if before and after and usable(before.ours):
             change = compare(after, before.ours)
             parts.append(f"{form.format(value_text(metric, after.value))}, {clause(change, 'the untuned factors')}")
             tiles.append(_tile(change, "untuned"))
@@ -314,7 +322,7 @@ def _short_window(results: Results, extension: Extension) -> list[str]:
     if extension.prefix or length is None:
         return []
     before, after = (results.get(method, "perplexity", length) for method in ("none", extension.tuned))
-    if before is None or after is None or not _usable(before):
+    if before is None or after is None or not usable(before):
         return []
     paired = results.get(extension.tuned, "perplexity_over_none", length)
     words = clause(compare(after, before, paired), "the unchanged model")
@@ -327,9 +335,9 @@ def _without_search(results: Results) -> tuple[str, list[str]]:
     for metric in ("perplexity", "passkey", *results.metrics):
         for length in reversed(results.lengths(metric)):
             rows = [results.get(method, metric, length) for method in results.methods(metric)]
-            usable = sorted((row for row in rows if row and _usable(row)), key=lambda row: method_order(row.method))
-            if usable:
-                return "No searched factors were held against a baseline.", [_best_of(usable)]
+            measured = sorted((row for row in rows if row and usable(row)), key=lambda row: method_order(row.method))
+            if measured:
+                return "No searched factors were held against a baseline.", [_best_of(measured)]
     return "Nothing has been measured yet.", []
 
 
