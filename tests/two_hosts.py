@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,12 +48,13 @@ class Host:
         self.processes.append(process)
         return process
 
-    def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to every process that runs on the host, as losing its power or freezing does."""
+    def signal(self, number: signal.Signals, only: str = "") -> None:
+        """Sends a signal to every process of the host, as losing its power or freezing does, or to ``only`` some."""
         net = os.readlink(f"/proc/{self.sleeper.pid}/ns/net")
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if folder.name != str(self.sleeper.pid) and os.readlink(folder / "ns" / "net") == net:
+                here = folder.name != str(self.sleeper.pid) and os.readlink(folder / "ns" / "net") == net
+                if here and only in (folder / "environ").read_text(errors="replace"):
                     os.kill(int(folder.name), number)
 
 
@@ -101,35 +102,26 @@ def forbidden() -> str | None:
         return str(error)
 
 
-def torchrun(
-    hosts: list[Host], words: list[str], logs: Path, port: int, *options: str
-) -> list[subprocess.Popen[bytes]]:
-    """Starts ``longrope`` with one process on each host; what it prints goes to ``logs/a.log`` and ``logs/b.log``."""
+def launch(hosts: list[Host], words: list[str], logs: Path, **environment: str) -> list[subprocess.Popen[bytes]]:
+    """Starts ``longrope`` on both hosts with the launch script; they print to ``logs/a.log`` and ``b.log``."""
     logs.mkdir(parents=True, exist_ok=True)
-    started = []
-    for host in hosts:
-        launch = [f"--nnodes={len(hosts)}", "--nproc-per-node=1", f"--node-rank={host.number}", *options]
-        launch += [f"--master-addr={hosts[0].address}", f"--master-port={port}", "-m", "lightning_longrope", *words]
-        started.append(
-            host.start(
-                [sys.executable, "-m", "torch.distributed.run", *launch],
-                logs / f"{host.name[-1]}.log",
-                GLOO_SOCKET_IFNAME="cable",
-                DS_ACCELERATOR="cpu",
-                PYTHONPATH=str(Path(__file__).parents[1]),
-            )
+    root = Path(__file__).parents[1]
+    job = {"NNODES": "2", "MASTER_ADDR": hosts[0].address, "MAX_RESTARTS": "0", "GLOO_SOCKET_IFNAME": "cable"}
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    return [
+        host.start(
+            [str(root / "configs" / "launch" / "torchrun.sh"), *words],
+            logs / f"{host.name[-1]}.log",
+            **{**job, **paths, "NODE_RANK": str(host.number), "LOCAL_ADDR": host.address, **environment},
         )
-    return started
+        for host in hosts
+    ]
 
 
-def wait_until(ready: object, limit: float, processes: list[subprocess.Popen[bytes]]) -> bool:
-    """Whether ``ready()`` comes true within ``limit`` seconds and before every process has ended."""
-    assert callable(ready)
+def wait_until(ready: Callable[[], bool], processes: list[subprocess.Popen[bytes]], limit: float = 200) -> None:
+    """Waits until ``ready()``; fails after ``limit`` seconds or when a process has ended."""
     end = time.monotonic() + limit
-    while time.monotonic() < end:
-        if ready():
-            return True
-        if all(process.poll() is not None for process in processes):
-            return bool(ready())
-        time.sleep(0.05)
-    return False
+    while not ready():
+        assert time.monotonic() < end, f"nothing came within {limit} s"
+        assert all(process.poll() is None for process in processes), "a process has ended too early"
+        time.sleep(0.02)

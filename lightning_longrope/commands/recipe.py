@@ -125,6 +125,7 @@ def _unfinished(stages: list[Stage], overrides: list[str]) -> Iterator[tuple[int
         theirs = peers.decide(lambda: [(stage.digest, _is_finished(stage)) for stage in stages])
         if [digest for digest, _ in theirs] != [stage.digest for stage in stages]:
             raise ValueError(f"{socket.gethostname()} has another recipe than the first node: give all nodes the same.")
+        peers.wait()  # before anything runs
     try:
         for number, stage in enumerate(stages, 1):
             if within is not None and number < within[0]:

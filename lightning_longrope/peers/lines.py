@@ -180,6 +180,8 @@ class Peers:
 
     def explain(self, error: BaseException) -> Loss | None:
         """Who is lost, if that is what an error comes from; otherwise the others learn of the error."""
+        if isinstance(error, DecidedError):
+            return None  # all end alike
         if isinstance(error, LostPeerError) or _is_broken_collective(error):
             with self._changed:
                 self._changed.wait_for(lambda: self.loss, _VERDICT)
@@ -227,8 +229,16 @@ class Peers:
         self._listening = server
 
     def _call(self, address: str) -> None:
-        port, secret, hub = json.loads(self._store.get("longrope/hub"))
-        end = socket.create_connection((address, port), timeout=self.timeout)
+        limit = time.monotonic() + self.timeout
+        while True:
+            port, secret, hub = json.loads(self._store.get("longrope/hub"))
+            try:
+                end = socket.create_connection((address, port), timeout=self.timeout)
+                break
+            except ConnectionRefusedError:  # a store that outlives restarts still names the hub before this one
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.2)
         end.settimeout(None)
         line = _Line(end, replace(Peer(**hub), address=_address(end)))
         line.send(hello=asdict(self.me), secret=secret)
