@@ -213,7 +213,9 @@ def test_training_on_two_nodes_and_again_is_that_of_one_process(runs, stage):
 
 def test_evaluation_and_export_are_those_of_one_process(runs):
     assert runs.codes["last"] == [0, 0]
-    two, one = (list(csv.DictReader((runs.root / out / "results.csv").open())) for out in ("two", "one"))
+    two, one = (
+        list(csv.DictReader((runs.root / out / "results.csv").read_text().splitlines())) for out in ("two", "one")
+    )
     assert len(two) == len(one) > 20
     for ours, theirs in zip(two, one, strict=True):
         assert {**ours, "value": 0, "low": 0, "high": 0} == {**theirs, "value": 0, "low": 0, "high": 0}
