@@ -47,9 +47,12 @@ class Contestant:
     objective: ObjectiveName | Objective = "mixed"
     documents: int = 16
     options: dict[str, Any] = field(default_factory=dict)
+    shorter: bool = False
+    """Whether it starts from what a search for half the window has found, which is not counted."""
 
 
 PAPER = {"pinned": 0, "start_tokens": PAPER_START_TOKENS}
+SCHEDULED = "8, then 16 documents"
 SEARCHES = {
     "default": Contestant(),
     "paper": Contestant(EvolutionSearch, "perplexity", 5, PAPER),
@@ -58,6 +61,12 @@ SEARCHES = {
     "unweighted": Contestant(objective=Objective(answer=1.0, end_weight=1.0)),
     "last half": Contestant(objective=Objective(text_from=0.5, end_weight=1.0)),
     "five documents": Contestant(documents=5, options={"max_evaluations": 80}),
+    "eight documents": Contestant(documents=8),
+    "4, then 16 documents": Contestant(options={"schedule": ((0.9, 4),)}),
+    SCHEDULED: Contestant(options={"schedule": ((0.9, 8),)}),
+    "patience 8": Contestant(options={"patience": 8}),
+    "10 evaluations": Contestant(options={"max_evaluations": 10}),
+    "10 from half the window": Contestant(options={"max_evaluations": 10}, shorter=True),
     "race": Contestant(options={"race": 3.0, "max_evaluations": 48}),
     "smooth": Contestant(SmoothSearch, options={"max_evaluations": 100}),
     "ramps, then genes": Contestant(partial(RampSearch, ramp_share=0.25), options={"max_evaluations": 96}),
@@ -98,24 +107,33 @@ def measure(base: Base, name: str, folder: Path) -> dict[str, Any]:
     if done.exists():
         return dict(json.loads(done.read_text()))
     asked = SEARCHES[name]
-    texts = list(base.datamodule.excerpts("validation", asked.documents, TARGET, base.seed))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = search_factors(
-            base.model,
-            texts,
-            TARGET,
-            tokenizer=base.datamodule.tokenizer,
-            algorithm=asked.algorithm(),
-            objective=asked.objective,
-            seed=base.seed,
-            folder=folder,
-            **asked.options,
-        )
+    options = dict(asked.options)
+    if asked.shorter:
+        run_search(base, asked, TARGET // 2, folder / "shorter", {})
+        options["space"] = {"warm_start": str(folder / "shorter" / "factors.json")}
+    result = run_search(base, asked, TARGET, folder, options)
     row = {"forwards": result.forwards, "evaluations": result.evaluations, "score": result.score}
     row |= {"values": list(result.factors.values), **judge(base, result.factors)}
     row["curve"] = curve(base, result) if name in MAIN else []
     write_json(done, row)
     return row
+
+
+def run_search(base: Base, asked: Contestant, target: int, folder: Path, options: dict[str, Any]) -> Any:
+    """The search of a contestant for a window, in a folder of its own."""
+    texts = list(base.datamodule.excerpts("validation", asked.documents, TARGET, base.seed))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return search_factors(
+            base.model,
+            texts,
+            target,
+            tokenizer=base.datamodule.tokenizer,
+            algorithm=asked.algorithm(),
+            objective=asked.objective,
+            seed=base.seed,
+            folder=folder,
+            **options,
+        )
 
 
 def curve(base: Base, result: Any) -> list[list[float]]:
@@ -166,7 +184,7 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
         return middle(run[name][key] for run in bases)
 
     least = "<= 1.03" if quick else "<= 1.01"
-    return [
+    rows = [
         row(
             "held-out perplexity over that of the paper's search, median",
             median("default", "perplexity"),
@@ -216,6 +234,14 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
             ">= 0",
         ),
     ]
+    if all(SCHEDULED in run for run in bases):
+        cost = [run["paper"]["forwards"] / run[SCHEDULED]["forwards"] for run in bases]
+        ratio = [run[SCHEDULED]["perplexity"] / run["paper"]["perplexity"] for run in bases]
+        ours, theirs = median(SCHEDULED, "perplexity"), median("paper", "perplexity")
+        rows.append(row(f"{SCHEDULED}: perplexity, median", ours, theirs, "perplexity", middle(ratio), "<= 1.005"))
+        ours, theirs = median(SCHEDULED, "forwards"), median("paper", "forwards")
+        rows.append(row(f"{SCHEDULED}: forwards, least", ours, theirs, "forwards", min(cost), ">= 20"))
+    return rows
 
 
 def meets(row: dict[str, Any]) -> bool:
