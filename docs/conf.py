@@ -41,7 +41,9 @@ html_title = "lightning_longrope"
 html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
-smartquotes = False  # much of the text is code
+smartquotes_action = "D"  # dashes; quotes are often code
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
 
 
 def setup(app: Sphinx) -> None:

@@ -147,8 +147,8 @@ def _written(name: str) -> str:
 def _prose(text: str) -> str:
     """Help text as reStructuredText: code in backticks stays code, all else is plain."""
     text = re.sub(r",? ?known subclasses: [^)]*", "", " ".join(text.split()))
-    parts = re.split(r"(``[^`]+``|`[^`]+`)", text)
-    return "".join(f"``{part.strip('`')}``" if part.startswith("`") else re.sub(r"([\\*_|`])", r"\\\1", part)
+    parts = re.split(r"(``[^`]+``|`[^`]+`|(?<!\S)--[\w.]+(?:=\S*\w)?)", text)
+    return "".join(f"``{part.strip('`')}``" if part.startswith(("`", "--")) else re.sub(r"([\\*_|`])", r"\\\1", part)
                    for part in parts)  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def api_pages() -> dict[str, str]:
         if names:
             pages[f"api/{page}"] = _room_page(room, page, names, classes)
             tables.append(page)
-    entries = "\n".join(f"   {page}" if page == "package" else f"   {page} <{page}>" for page in tables)
+    entries = "\n".join(f"   {page}" for page in tables)
     pages["api/index"] = f"{_title('Python')}\n.. toctree::\n   :maxdepth: 2\n\n{entries}\n"
     return pages
 
@@ -207,9 +207,9 @@ def _class_page(room: ModuleType, name: str) -> str:
 def _room_page(room: ModuleType, page: str, names: dict[str, Any], classes: list[str]) -> str:
     module = room.__name__
     functions = sorted(name for name, value in names.items() if inspect.isfunction(value))
-    parts = [_title(module), f".. automodule:: {module}\n   :no-index:", f".. currentmodule:: {module}"]
+    parts = [_title(page if page != "package" else module), f".. automodule:: {module}\n   :no-index:", f".. currentmodule:: {module}"]
     if shown := [*classes, *functions]:
-        parts.append(".. autosummary::\n\n" + _indented("\n".join(shown)))
+        parts.append(".. autosummary::\n   :nosignatures:\n\n" + _indented("\n".join(shown)))
     if classes:
         parts.append(".. toctree::\n   :hidden:\n\n" + _indented("\n".join(f"{page}.{name}" for name in classes)))
     parts += [f".. autofunction:: {name}" for name in functions]

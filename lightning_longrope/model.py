@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -405,10 +406,23 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def find_tokenizer(checkpoint: Path) -> str | None:
-    """The tokenizer in a model folder, or the one that the run around a checkpoint has made."""
+    """The tokenizer in a model folder, or the one that the run around a checkpoint has made or was given."""
     places = ("tokenizer_config.json", "data/tokenizer-*/tokenizer_config.json")
     folders = (checkpoint, *checkpoint.absolute().parents[:3])
-    return next((str(path.parent) for folder in folders for place in places for path in folder.glob(place)), None)
+    near = next((str(path.parent) for folder in folders for place in places for path in folder.glob(place)), None)
+    return near or _given_tokenizer(checkpoint)
+
+
+def _given_tokenizer(checkpoint: Path) -> str | None:
+    """The tokenizer that the configuration around a checkpoint names, or that of the model it names."""
+    paths = [folder / "config.yaml" for folder in checkpoint.absolute().parents[:2]]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        return None
+    config = yaml.safe_load(found.read_text(encoding="utf-8"))
+    data, model = ((config.get(part) or {}).get("init_args") or {} for part in ("data", "model"))
+    name: str | None = data.get("tokenizer") or model.get("name_or_path")
+    return find_tokenizer(Path(name)) if name and Path(name).exists() else name
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
