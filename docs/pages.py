@@ -207,7 +207,8 @@ def _class_page(room: ModuleType, name: str) -> str:
 def _room_page(room: ModuleType, page: str, names: dict[str, Any], classes: list[str]) -> str:
     module = room.__name__
     functions = sorted(name for name, value in names.items() if inspect.isfunction(value))
-    parts = [_title(page if page != "package" else module), f".. automodule:: {module}\n   :no-index:", f".. currentmodule:: {module}"]
+    title = module if page == "package" else page
+    parts = [_title(title), f".. automodule:: {module}\n   :no-index:", f".. currentmodule:: {module}"]
     if shown := [*classes, *functions]:
         parts.append(".. autosummary::\n   :nosignatures:\n\n" + _indented("\n".join(shown)))
     if classes:
