@@ -4,9 +4,12 @@ import csv
 import math
 
 import pytest
-from helpers import LLAMA
+from helpers import LLAMA, tiny_llama
+from known_models import VOCABULARY, Data, Module, trainer_with
 from transformers import LlamaConfig
 
+from lightning_longrope import LengthTables, install_factors
+from lightning_longrope.callbacks import PerplexityByLength
 from lightning_longrope.callbacks.comparison import MethodResults, method_tables, paired_rows, write_results
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean
@@ -76,3 +79,24 @@ def test_tables_of_a_comparison(tmp_path):
     write_results(tmp_path, second)
     rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [row["metric"] for row in rows if "over" in row["metric"]] == ["perplexity_over_second_yarn"]
+
+
+def test_tables_by_length_are_measured_each_at_its_lengths_installed_or_given(tmp_path):
+    tables = LengthTables(
+        tuple(RescaleFactors(tuple(1 + k * i for i in range(8)), 32, length) for k, length in ((0.2, 32), (2.0, 64)))
+    )
+
+    def perplexities(factors, table_at=None):
+        model = tiny_llama(vocab_size=VOCABULARY, initializer_range=0.2)
+        callback = PerplexityByLength((16, 32, 33, 64), documents=3)
+        install_factors(model, factors)
+        module, trainer = Module(model), trainer_with(tmp_path, callback)
+        trainer.validate(module, datamodule=Data(), verbose=False)
+        found = callback.results if table_at is None else callback.measure(trainer, module, table_at)
+        return {row.length: row.value for row in found if row.metric == "perplexity"}
+
+    short, long = (perplexities(table) for table in tables.tables)
+    assert all(short[length] != pytest.approx(long[length], rel=1e-3) for length in short)
+    expected = {16: short[16], 32: short[32], 33: long[33], 64: long[64]}
+    assert perplexities(tables) == expected
+    assert perplexities(tables.longest, tables.for_length) == expected
