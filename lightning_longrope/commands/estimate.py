@@ -158,7 +158,7 @@ def _cases(config: dict[str, Any], size: ModelSize, gpus: int | None, nodes: int
     precision, weight, gradient, copy = precision_of(
         levers.strategy, trainer["precision"], model["dtype"], model["lora"]
     )
-    states = gradient + copy + optimizer_bytes(model["optimizer"], weight if not copy else 4)
+    states = gradient + copy + optimizer_bytes(model["optimizer"], 4 if copy else gradient)
     run = Run(data.get("seq_len", 0), 1, levers, True, precision, weight, states, gradient)
     callbacks = [(entry["class_path"].rsplit(".", 1)[-1], entry["init_args"]) for entry in trainer["callbacks"] or []]
     for kind, arguments in callbacks:

@@ -73,6 +73,17 @@ def test_savings_of_the_configuration_count(tmp_path, capsys):
     assert "8 GPUs at 40% of 100 TFLOP/s" in output
 
 
+def test_adapters_are_float32_beside_half_weights(tmp_path, capsys):
+    path = configuration(tmp_path, lora={"rank": 8}, dtype="bfloat16")
+    assert main(["estimate", "-c", path, "--trainer.strategy", "auto"]) == 0
+    output = capsys.readouterr().out
+    adapters = 32 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024))  # of q and o, of k and v
+    trained = adapters + 128256 * 4096 + (2 * 32 + 1) * 4096  # embeddings and norms
+    assert f"{trained / 1e6:.2f} M of them trained" in output
+    assert f"gradients and optimizer {12 * trained / 2**30:.1f}, " in output
+    assert f"weights {2 * (8_030_261_248 + adapters) / 2**30:.1f}, " in output
+
+
 def test_every_stage_of_a_recipe_and_one_alone(capsys):
     assert main(["estimate", "-c", str(ROOT / "configs/quickstart")]) == 0
     recipe = capsys.readouterr().out
