@@ -99,6 +99,8 @@ def compare(name, group, isolated, attention=None):
     whole = model_of(name)
     if name == "llama":
         install_factors(whole, FACTORS)
+    if name == "multi_head":
+        install_factors(whole, [RescaleFactors((1.0,) * 8, 32, 32), FACTORS])  # by the length of the whole row
     if attention is not None:
         whole.set_attn_implementation(attention)
     shared = copy.deepcopy(whole)
