@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ from helpers import tiny_llama
 from small_tokenizers import byte_level
 
 from lightning_longrope import load_model
-from lightning_longrope.__main__ import main
 from lightning_longrope.model import installed_tables
 from lightning_longrope.recipes import map_texts, read_recipe
 
@@ -159,21 +160,20 @@ def test_every_file_that_a_stage_reads_was_written_by_an_earlier_one(recipe):
 # The recipe for LLaMA 2, run for real: its own stage files, with these lengths in place of the published ones.
 LENGTHS = {4 * K: 128, 8 * K: 160, 32 * K: 192, 64 * K: 224, 96 * K: 240, 128 * K: 256, 256 * K: 384, 512 * K: 512}
 LENGTHS |= {1024 * K: 768, 2048 * K: 1024}
-PROCESSOR = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False,
-             "enable_model_summary": False}  # fmt: skip
+PROCESSES = {"accelerator": "cpu", "devices": 2, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def shrunk(value, key=""):
-    """A stage file with short lengths, on one processor, and with pass keys that fit them."""
+    """A stage file with short lengths for two processes that share rows, and pass keys that fit them."""
     if isinstance(value, dict):
-        kept = {name: shrunk(entry, name) for name, entry in value.items() if name != "strategy"}
-        own = PROCESSOR if key == "trainer" else {}
+        kept = {name: shrunk(entry, name) for name, entry in value.items()}
+        own = PROCESSES if key == "trainer" else {}
         prompts = {"filler": "text"} if "depths" in kept else {}
         return kept | own | prompts | ({"stride": 60} if "stride" in kept else {})
     if isinstance(value, list):
         return [shrunk(entry, key) for entry in value]
-    if key in ("dtype", "num_workers"):
-        return {"dtype": "float32", "num_workers": 0}[key]
+    if key in ("sequence_parallel_size", "num_workers"):
+        return {"sequence_parallel_size": 2, "num_workers": 0}[key]
     return LENGTHS[value] if isinstance(value, int) and value >= 4 * K else value
 
 
@@ -197,7 +197,8 @@ def write_texts(folder):
 
 
 @pytest.mark.slow
-def test_the_recipe_for_llama2_runs_to_its_end(tmp_path, monkeypatch):
+@pytest.mark.distributed
+def test_the_recipe_for_llama2_runs_to_its_end_under_its_own_strategies(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_texts(tmp_path / "data")
     tiny_llama(max_position_embeddings=128, vocab_size=700).save_pretrained(tmp_path / "base")
@@ -207,10 +208,12 @@ def test_the_recipe_for_llama2_runs_to_its_end(tmp_path, monkeypatch):
     for path in (CONFIGS / "llama2-7b-2048k").glob("*.yaml"):
         (recipe / path.name).write_text(yaml.safe_dump(shrunk(yaml.safe_load(path.read_text())), sort_keys=False))
 
-    assert main(["run", str(recipe), "--out", "out", "--short", "--model.name_or_path", str(tmp_path / "base")]) == 0
+    words = ["run", str(recipe), "--out", "out", "--short", "--model.name_or_path", str(tmp_path / "base")]
+    done = subprocess.run([sys.executable, "-m", "lightning_longrope", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
     record = json.loads(Path("out/run.json").read_text())
-    assert [stage["status"] for stage in record["stages"]] == ["finished"] * 11
+    assert [stage["status"] for stage in record["stages"]] == ["finished"] * 12
     tables = installed_tables(load_model("out/hf"))
     assert tables.lengths == (128, 160, 384, 1024)
     places = ("6-recover-4k/search_short", "7-recover-8k/search_short", "3-search-256k/search", "5-search-2048k/search")
