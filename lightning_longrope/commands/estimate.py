@@ -177,9 +177,12 @@ def _search(size: ModelSize, run: Run, arguments: dict[str, Any]) -> Case:
     if not length:
         raise ValueError("FactorSearch needs a `target_length`, or a datamodule with `seq_len`.")
     candidates = arguments["max_evaluations"] or _evaluations(arguments["algorithm"], length)
-    forwards = arguments["documents"] * (candidates + 3) + arguments["held_out"] * 4
+    formulas = 5 if arguments["recovery"] else 3
+    forwards = arguments["documents"] * (candidates + formulas) + arguments["held_out"] * (1 + formulas)
     rows = max(1, arguments["batch_tokens"] // length)
-    amount = f"{forwards} forward passes of {length:,} tokens ({candidates} candidates, PI, NTK and YaRN)"
+    fewer = any(arguments.get(name) for name in ("race", "patience", "schedule"))
+    count = f"at most {forwards}" if fewer else str(forwards)
+    amount = f"{count} forward passes of {length:,} tokens ({candidates} candidates, {formulas} baselines)"
     return Case(
         "search",
         replace(run, seq_len=length, rows=rows, training=False),
