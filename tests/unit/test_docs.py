@@ -125,3 +125,11 @@ def test_every_command_in_the_text_exists():
     named = {word for text in texts for word in re.findall(r"(?<!_)longrope ([a-z]+)(?=[ `\n])", text)}
     assert named <= {*COMMANDS, "command"}
     assert len(named) > 8
+
+
+def test_every_file_named_in_the_text_exists():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    place = r"(?:configs|examples|benchmarks|callbacks|datamodules)/[\w./-]*\w"
+    named = {word for text in texts for word in re.findall(rf"(?<![\w/]){place}", text)}
+    assert len(named) > 12
+    assert not [word for word in named if not (ROOT / word).exists()]
