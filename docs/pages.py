@@ -65,7 +65,7 @@ def command_pages() -> dict[str, str]:
 
     pages = {f"commands/{command}": _command_page(command) for command in COMMANDS}
     names = "\n".join(f"   {command}" for command in COMMANDS)
-    lines = [f":doc:`longrope {name} <{name}>`\n   {_prose(_parser(name).description or '')}" for name in COMMANDS]
+    lines = [f":doc:`longrope {name} <{name}>`\n   {_description(_parser(name))}" for name in COMMANDS]
     body = "\n\n".join(lines)
     toctree = f".. toctree::\n   :hidden:\n\n{names}"
     pages["commands/index"] = f"{_title('Commands')}\n{toctree}\n\n{body}\n"
@@ -120,7 +120,7 @@ def _value(formatter: Any, action: Any) -> str:
 
 def _command_page(command: str) -> str:
     parser = _parser(command)
-    parts = [_title(f"longrope {command}"), f".. program:: longrope {command}", _prose(parser.description or "")]
+    parts = [_title(f"longrope {command}"), f".. program:: longrope {command}", _description(parser)]
     if command not in LIGHTNING_COMMANDS:  # whose usage is a list of all options
         parts.append(f".. code-block:: text\n\n{_indented(parser.format_usage().removeprefix('usage: ').rstrip())}")
     for group in command_groups(parser):
@@ -145,11 +145,24 @@ def _written(name: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Help text as reStructuredText: code in backticks stays code, all else is plain."""
+    """Help text as reStructuredText: commands are links, code and options are code, all else is plain."""
     text = re.sub(r",? ?known subclasses: [^)]*", "", " ".join(text.split()))
     parts = re.split(r"(``[^`]+``|`[^`]+`|(?<!\S)--[\w.]+(?:=\S*\w)?)", text)
-    return "".join(f"``{part.strip('`')}``" if part.startswith(("`", "--")) else re.sub(r"([\\*_|`])", r"\\\1", part)
+    return "".join(_code(part.strip("`")) if part.startswith(("`", "--")) else re.sub(r"([\\*_|`])", r"\\\1", part)
                    for part in parts)  # fmt: skip
+
+
+def _code(text: str) -> str:
+    from lightning_longrope.commands import COMMANDS
+
+    command = text.removeprefix("longrope ")
+    return f":doc:`{text} </commands/{command}>`" if text != command and command in COMMANDS else f"``{text}``"
+
+
+def _description(parser: Any) -> str:
+    """The whole sentences of a command's description, of which Lightning's are cut at the end of a line."""
+    text = parser.description or ""
+    return _prose(text[: text.rindex(".") + 1] if "." in text else text)
 
 
 def rooms() -> Iterator[ModuleType]:
