@@ -53,7 +53,7 @@ def make_text(folder: Path, megabytes: int) -> Path:
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer, trained once."""
     from lightning_longrope.datamodules.sample_text import library_sources, train_tokenizer
-    from lightning_longrope.model import load_tokenizer
+    from lightning_longrope.loading import load_tokenizer
 
     if not (folder / "tokenizer").is_dir():
         train_tokenizer(library_sources(), VOCABULARY).save_pretrained(folder / "tokenizer")

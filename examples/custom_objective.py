@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lightning_longrope import load_model, search_factors
-from lightning_longrope.model import load_tokenizer
+from lightning_longrope.loading import load_tokenizer
 from lightning_longrope.objectives import Objective
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import GenerationConfig, pipeline
 
 from lightning_longrope import load_model
-from lightning_longrope.model import load_tokenizer, window
+from lightning_longrope.loading import load_tokenizer
+from lightning_longrope.model import window
 
 
 def main(name: str, prompt: str, max_new_tokens: int = 64) -> Any:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_longrope.export import export_model
     from lightning_longrope.factors import RescaleFactors
-    from lightning_longrope.model import install_factors, load_model
+    from lightning_longrope.loading import load_model
+    from lightning_longrope.model import install_factors
     from lightning_longrope.module import LongRoPEModule
     from lightning_longrope.searching import search_factors
     from lightning_longrope.tables import LengthTables
@@ -20,7 +21,7 @@ _HOMES = {
     "RescaleFactors": "lightning_longrope.factors",
     "export_model": "lightning_longrope.export",
     "install_factors": "lightning_longrope.model",
-    "load_model": "lightning_longrope.model",
+    "load_model": "lightning_longrope.loading",
     "search_factors": "lightning_longrope.searching",
 }
 

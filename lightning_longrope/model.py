@@ -1,4 +1,4 @@
-"""Causal language models with exchangeable rotary tables: load one, put rescale factors in it, prove that it took them.
+"""Causal language models with exchangeable rotary tables: put rescale factors in one, and prove that it took them.
 
 The rotary module is replaced as a whole. Hugging Face's own has float32 tables that ``.to(bfloat16)`` rounds, chooses
 between its two tables from the longest position of a batch, and knows no start tokens.
@@ -8,30 +8,18 @@ Shapes: B batch, S sequence, H hidden size, V vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from lightning_longrope.attention import choose_attention, say_attention
-from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
-from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
+from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
 from lightning_longrope.isolation import Stretches, isolated_documents, plain_rows
-from lightning_longrope.lora import LoRA, merged_weights
 from lightning_longrope.rotary import RescaledRotary
 from lightning_longrope.sequence_parallel import sequence_group, shared_rows
 from lightning_longrope.sliding import say_reach
@@ -40,13 +28,10 @@ from lightning_longrope.tables import LengthTables, tables_in_force
 __all__ = [
     "RopeGeometry",
     "candidate_rows",
-    "find_tokenizer",
     "hidden_states",
     "install_factors",
     "installed_factors",
     "installed_tables",
-    "load_model",
-    "load_tokenizer",
     "original_rope",
     "output_head",
     "probe_logits",
@@ -54,12 +39,6 @@ __all__ = [
     "table_for",
     "window",
 ]
-
-PRETRAINED_ROPE = "pretrained_rope"
-"""Key of an exported config.json that keeps the rotary fields the model had before it was extended."""
-
-CUSTOM_CODE = "longrope"
-"""Key of an exported config.json that code in the folder reads the tables from."""
 
 
 def install_factors(model: PreTrainedModel, factors: RescaleFactors | LengthTables | Iterable[RescaleFactors]) -> None:
@@ -339,166 +318,3 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         return values if cap is None else torch.tanh(values / cap) * cap
 
     return logits
-
-
-def load_model(
-    name_or_path: str | Path | None = None,
-    *,
-    config: dict[str, Any] | None = None,
-    dtype: str | torch.dtype = "float32",
-    attn_implementation: str = "auto",
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """A causal language model, with the rescale factors it was saved with installed.
-
-    Args:
-        name_or_path: A Hugging Face folder or hub name, or a checkpoint of ``LongRoPEModule``, whose ``lora`` adapters
-            are merged: a ``.ckpt`` file, or the folder that DeepSpeed or FSDP2 writes.
-        config: Instead of a name: fields of a config, ``model_type`` among them, for a model with random weights.
-        dtype: Type of the weights, ``"float32"``, ``"bfloat16"`` or ``"float16"``, or a torch dtype.
-        attn_implementation: Attention kernel; ``"auto"`` takes FlashAttention 2 where it is installed, there is a CUDA
-            device and the type is a half one; otherwise torch's own (sdpa), or eager for models that have no other.
-        trust_remote_code: Let a hub model run its own code.
-
-    Returns:
-        The model on the CPU, in evaluation mode if its weights were loaded and in training mode if they are random.
-
-    Raises:
-        ValueError: If not exactly one of the two sources is given, it cannot be loaded, or ``config`` has unknown keys.
-    """
-    if (name_or_path is None) == (config is None):
-        raise ValueError("Give either a model's name or path, or a `config` for random weights.")
-    kind = _dtype(dtype)
-    kernel, reason = choose_attention(attn_implementation, kind)
-    model = _loaded(name_or_path, config, {"dtype": kind, "attn_implementation": kernel}, trust_remote_code)
-    say_attention(model, reason)
-    return model
-
-
-def _loaded(
-    name_or_path: str | Path | None, config: dict[str, Any] | None, how: dict[str, Any], trust_remote_code: bool
-) -> PreTrainedModel:
-    """The model of one of the two sources."""
-    if config is not None:
-        return AutoModelForCausalLM.from_config(new_config(config), **how)
-    path = Path(str(name_or_path))
-    if is_checkpoint(path):
-        return _load_checkpoint(path, how)
-    try:
-        if (path / FACTORS_FILE).is_file():
-            return _load_exported(path, how, trust_remote_code)
-        return AutoModelForCausalLM.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **how)
-    except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load("model", str(name_or_path), error)) from error
-
-
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or hub name, or the one near a ``.ckpt``.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    near = find_tokenizer(Path(name_or_path)) if is_checkpoint(Path(name_or_path)) else None
-    try:
-        return AutoTokenizer.from_pretrained(near or str(name_or_path))
-    except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load("tokenizer", str(name_or_path), error)) from error
-
-
-def find_tokenizer(checkpoint: Path) -> str | None:
-    """The tokenizer in a model folder, or the one that the run around a checkpoint has made or was given."""
-    places = ("tokenizer_config.json", "data/tokenizer-*/tokenizer_config.json")
-    folders = (checkpoint, *checkpoint.absolute().parents[:3])
-    near = next((str(path.parent) for folder in folders for place in places for path in folder.glob(place)), None)
-    return near or _given_tokenizer(checkpoint)
-
-
-def _given_tokenizer(checkpoint: Path) -> str | None:
-    """The tokenizer that the configuration around a checkpoint names, or that of the model it names."""
-    paths = [folder / "config.yaml" for folder in checkpoint.absolute().parents[:2]]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
-        return None
-    config = yaml.safe_load(found.read_text(encoding="utf-8"))
-    data, model = ((config.get(part) or {}).get("init_args") or {} for part in ("data", "model"))
-    name: str | None = data.get("tokenizer") or model.get("name_or_path")
-    return find_tokenizer(Path(name)) if name and Path(name).exists() else name
-
-
-def _cannot_load(what: str, name: str, error: Exception) -> str:
-    """One line on a name that leads nowhere."""
-    if Path(name).is_dir():
-        tried = "it is a folder, but not one that transformers can load"
-    else:
-        tried = "there is no such folder here, and as a hub name it did not resolve"
-    return f"Cannot load a {what} from {name!r}: {tried} ({str(error).strip().splitlines()[0]})."
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from its name."""
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise ValueError(f"`dtype` must be the name of a floating type such as 'float32' or 'bfloat16', got {dtype!r}.")
-    return kind
-
-
-def new_config(entries: dict[str, Any]) -> Any:
-    """A config object from its fields.
-
-    Raises:
-        ValueError: If the model type is missing or unknown, or a field is unknown to it.
-    """
-    rest = dict(entries)
-    model_type = rest.pop("model_type", None)
-    try:
-        default = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise ValueError(f"`config` needs a `model_type` that transformers knows, got {model_type!r}.") from error
-    known = set(default.to_dict()) | {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "head_dim"}
-    known |= {field.name for field in fields(default)} if is_dataclass(default) else set()
-    if unknown := sorted(set(rest) - known):
-        raise ValueError(f"`config` has keys that a {model_type} model does not know: {', '.join(unknown)}.")
-    return AutoConfig.for_model(model_type, **rest)
-
-
-def _load_exported(path: Path, how: dict[str, Any], trust_remote_code: bool) -> PreTrainedModel:
-    """A folder written by ``export_model``: the pretrained model it came from plus its exact table."""
-    factors = LengthTables.load(path / FACTORS_FILE, monotone=False)
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    if hasattr(config.get_text_config(), CUSTOM_CODE):
-        del config.auto_map  # to code that says in other words what is installed here
-    _undo_rescaling(config.get_text_config())
-    model = AutoModelForCausalLM.from_pretrained(str(path), config=config, trust_remote_code=trust_remote_code, **how)
-    install_factors(model, factors)
-    return model
-
-
-def _undo_rescaling(config: Any) -> None:
-    """Makes a config that of the pretrained model again, so that identity factors give that model."""
-    pretrained = getattr(config, PRETRAINED_ROPE, None)
-    if pretrained is None:  # someone put a table next to a stock model
-        return
-    for name in (PRETRAINED_ROPE, CUSTOM_CODE):
-        if hasattr(config, name):
-            delattr(config, name)
-    for name, value in pretrained.items():
-        setattr(config, name, value)
-
-
-def _load_checkpoint(path: Path, how: dict[str, Any]) -> PreTrainedModel:
-    """The model of a checkpoint written by ``LongRoPEModule``."""
-    partitioned = is_deepspeed_zero3_enabled()  # while it is read, from the values of the first rank
-    saved, weights = read_checkpoint(path, values=not partitioned or torch.distributed.get_rank() == 0)
-    entries = dict(saved["config"])
-    config = AutoConfig.for_model(entries.pop("model_type"), **entries)
-    if (adapters := saved.get("lora")) is not None:
-        weights = merged_weights(weights, LoRA(**adapters))
-    if partitioned:
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = kind.from_pretrained(None, config=config, state_dict=weights, **how)
-    else:
-        model = AutoModelForCausalLM.from_config(config, **how)
-        model.load_state_dict(weights, strict=True)
-    if saved["factors"] is not None:
-        install_factors(model, LengthTables.from_dict(saved["factors"]))
-    return model.eval()

@@ -18,18 +18,12 @@ from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.geometry import set_pretrained_window
 from lightning_longrope.isolation import Stretches
 from lightning_longrope.layers import compile_decoder_layers, decoder_layers, scale_initial_weights, shard_weights
+from lightning_longrope.loading import load_model
 from lightning_longrope.lora import LoRA, add_adapters
 from lightning_longrope.losses import chunked_nll, token_nll
 from lightning_longrope.memory import Memory, check_memory, save_memory
 from lightning_longrope.metrics import Perplexity
-from lightning_longrope.model import (
-    hidden_states,
-    install_factors,
-    installed_tables,
-    load_model,
-    original_rope,
-    output_head,
-)
+from lightning_longrope.model import hidden_states, install_factors, installed_tables, original_rope, output_head
 from lightning_longrope.optimizers import Schedule
 from lightning_longrope.rotary import float32_rotary
 from lightning_longrope.sequence_parallel import sequence_group

@@ -10,8 +10,8 @@ from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
 from lightning_longrope.estimate import ModelSize
 from lightning_longrope.geometry import config_fields
 from lightning_longrope.layers import decoder_layers
+from lightning_longrope.loading import new_config
 from lightning_longrope.lora import LoRA, add_adapters
-from lightning_longrope.model import new_config
 
 
 def read_config(

@@ -21,7 +21,7 @@ LLAMA: dict[str, Any] = {
 
 def tiny_llama(seed: int = 0, **changes: Any) -> Any:
     """A random Llama with 8 frequency pairs and a window of 32 tokens."""
-    from lightning_longrope.model import load_model
+    from lightning_longrope.loading import load_model
 
     torch.manual_seed(seed)
     return load_model(config={**LLAMA, **changes}).eval()

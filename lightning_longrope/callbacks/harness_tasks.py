@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback
 from lightning_longrope.harness import Ranks, run_tasks
-from lightning_longrope.model import load_tokenizer, window
+from lightning_longrope.loading import load_tokenizer
+from lightning_longrope.model import window
 
 
 class HarnessTasks(MeasuringCallback):

@@ -12,14 +12,8 @@ from lightning_longrope.checkpoints import is_checkpoint
 from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.datamodules.sample_text import library_sources
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
-from lightning_longrope.model import (
-    find_tokenizer,
-    install_factors,
-    installed_tables,
-    load_model,
-    load_tokenizer,
-    window,
-)
+from lightning_longrope.loading import find_tokenizer, load_model, load_tokenizer
+from lightning_longrope.model import install_factors, installed_tables, window
 from lightning_longrope.recipes import Stage
 from lightning_longrope.tables import LengthTables
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from lightning_longrope.commands.parsing import Parser
-from lightning_longrope.model import installed_tables, load_model, load_tokenizer, window
+from lightning_longrope.loading import load_model, load_tokenizer
+from lightning_longrope.model import installed_tables, window
 
 log = logging.getLogger("lightning_longrope")
 

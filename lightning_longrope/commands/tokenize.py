@@ -12,7 +12,7 @@ from lightning_longrope.cli import LongRoPEParser
 from lightning_longrope.commands.parsing import Parser, alone
 from lightning_longrope.datamodules.base import TokenDataModule
 from lightning_longrope.datamodules.token_store import find_damage, read_manifest
-from lightning_longrope.model import load_tokenizer
+from lightning_longrope.loading import load_tokenizer
 from lightning_longrope.recipes import read_stage
 
 log = logging.getLogger("lightning_longrope")

@@ -16,7 +16,7 @@ def check_tokenizer(tokenizer: Any, model_name: str | None) -> None:
     Raises:
         ValueError: If a number stands for two different tokens.
     """
-    from lightning_longrope.model import load_tokenizer
+    from lightning_longrope.loading import load_tokenizer
 
     if model_name is None or getattr(tokenizer, "name_or_path", None) == model_name:
         return

@@ -115,7 +115,7 @@ class TokenDataModule(LightningDataModule):
         """The tokenizer where none was named: that of the model being trained."""
         model = getattr(self.trainer, "lightning_module", None)
         if (name := getattr(model, "name_or_path", None)) is not None:
-            from lightning_longrope.model import load_tokenizer
+            from lightning_longrope.loading import load_tokenizer
 
             return load_tokenizer(name)
         raise ValueError(f"{type(self).__name__} needs `tokenizer`: the name or folder of a Hugging Face tokenizer.")
@@ -126,7 +126,7 @@ class TokenDataModule(LightningDataModule):
         if self._tokenizer is None:
             self._tokenizer = self.default_tokenizer()
         elif isinstance(self._tokenizer, str | Path):
-            from lightning_longrope.model import load_tokenizer
+            from lightning_longrope.loading import load_tokenizer
 
             self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer

@@ -106,7 +106,7 @@ class SampleTextDataModule(TokenDataModule):
                 publish(partial, folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-        from lightning_longrope.model import load_tokenizer
+        from lightning_longrope.loading import load_tokenizer
 
         return load_tokenizer(folder)
 

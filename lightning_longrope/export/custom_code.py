@@ -8,7 +8,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from lightning_longrope.files import write_text
-from lightning_longrope.model import CUSTOM_CODE, rope_geometry
+from lightning_longrope.loading import CUSTOM_CODE
+from lightning_longrope.model import rope_geometry
 from lightning_longrope.rotary import table_layout
 from lightning_longrope.tables import LengthTables
 

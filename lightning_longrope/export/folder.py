@@ -19,15 +19,9 @@ from lightning_longrope.export.custom_code import code_class, write_code
 from lightning_longrope.export.lost import Loss, plain_tables, what_is_lost
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
 from lightning_longrope.files import write_text
+from lightning_longrope.loading import PRETRAINED_ROPE
 from lightning_longrope.lora import merged_weights
-from lightning_longrope.model import (
-    PRETRAINED_ROPE,
-    candidate_rows,
-    install_factors,
-    installed_tables,
-    probe_logits,
-    rope_geometry,
-)
+from lightning_longrope.model import candidate_rows, install_factors, installed_tables, probe_logits, rope_geometry
 from lightning_longrope.rotary import RescaledRotary, rotary_output
 from lightning_longrope.tables import LengthTables
 

@@ -19,8 +19,9 @@ from lightning_longrope.callbacks import FactorSearch, PasskeyRetrieval, Perplex
 from lightning_longrope.datamodules import PackedTextDataModule
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.isolation import Stretches
+from lightning_longrope.loading import load_model
 from lightning_longrope.losses import chunked_nll
-from lightning_longrope.model import hidden_states, install_factors, load_model, output_head
+from lightning_longrope.model import hidden_states, install_factors, output_head
 from lightning_longrope.optimizers import Schedule
 from lightning_longrope.scoring import continuation_scores, greedy_matches, token_nll
 from lightning_longrope.search import RampSearch

@@ -6,7 +6,7 @@ from helpers import LLAMA
 
 from lightning_longrope import attention
 from lightning_longrope.attention import choose_attention
-from lightning_longrope.model import load_model
+from lightning_longrope.loading import load_model
 
 GEMMA2 = {**LLAMA, "model_type": "gemma2", "head_dim": 16}
 

@@ -12,14 +12,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_longrope import isolation
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.isolation import Stretches, shortest_window
-from lightning_longrope.model import (
-    candidate_rows,
-    hidden_states,
-    install_factors,
-    load_model,
-    original_rope,
-    output_head,
-)
+from lightning_longrope.loading import load_model
+from lightning_longrope.model import candidate_rows, hidden_states, install_factors, original_rope, output_head
 
 SIZES = (3, 9, 1, 11, 24)  # two rows of 24 tokens
 ROWS, LENGTH = 2, 24

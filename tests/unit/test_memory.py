@@ -11,9 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_longrope import LongRoPEModule, memory
 from lightning_longrope.layers import decoder_layers
+from lightning_longrope.loading import load_model
 from lightning_longrope.losses import chunked_nll
 from lightning_longrope.memory import Memory, save_memory
-from lightning_longrope.model import hidden_states, load_model, output_head
+from lightning_longrope.model import hidden_states, output_head
 
 FAMILIES = {
     "llama": {},

@@ -8,14 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_longrope import RescaleFactors, install_factors, load_model
-from lightning_longrope.model import (
-    candidate_rows,
-    hidden_states,
-    installed_factors,
-    load_tokenizer,
-    output_head,
-    rope_geometry,
-)
+from lightning_longrope.loading import load_tokenizer
+from lightning_longrope.model import candidate_rows, hidden_states, installed_factors, output_head, rope_geometry
 
 L = 64
 COMMON = {
