@@ -18,6 +18,19 @@ LLAMA: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
 }
 
+FAMILY: dict[str, Any] = {  # fields that most families have; weights so large that a wrong angle shows
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def tiny_llama(seed: int = 0, **changes: Any) -> Any:
     """A random Llama with 8 frequency pairs and a window of 32 tokens."""

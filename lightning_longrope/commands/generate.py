@@ -73,6 +73,7 @@ def answer(
     kind = dtype or ("bfloat16" if device == "cuda" else "float32")
     reader: Any = load_model(model, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
     room = _room(reader, input_ids.shape[1])
+    reader.config.get_text_config().max_position_embeddings = window(reader)  # beyond which transformers warns
     if room < max_new_tokens:
         log.info("The answer ends after %d tokens, with the model's window.", room)
     torch.manual_seed(seed)

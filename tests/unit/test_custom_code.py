@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from helpers import tiny_llama
+from helpers import FAMILY, tiny_llama
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
@@ -18,19 +18,7 @@ from lightning_longrope.export import custom_code
 from lightning_longrope.model import installed_tables, rope_geometry
 
 L = 16
-COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": L,
-    "initializer_range": 0.25,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+COMMON = {**FAMILY, "max_position_embeddings": L}
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 20},

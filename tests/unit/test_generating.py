@@ -5,25 +5,14 @@ import pickle
 
 import pytest
 import torch
+from helpers import FAMILY
 from transformers import DynamicCache, StaticCache
 
 from lightning_longrope import LengthTables, RescaleFactors, install_factors, load_model
 from lightning_longrope.model import rope_geometry, table_for
 
 L = 16
-COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": L,
-    "initializer_range": 0.25,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+COMMON = {**FAMILY, "max_position_embeddings": L}
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 20},

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import FAMILY
 from transformers import AutoModelForCausalLM
 
 from lightning_longrope import LongRoPEModule, RescaleFactors, install_factors, load_model
@@ -13,19 +14,7 @@ from lightning_longrope.search_task import search_task
 from lightning_longrope.sliding import lift_sliding_window, sliding_window
 from lightning_longrope.tables import tables_in_force
 
-COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.25,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+COMMON = {**FAMILY, "max_position_embeddings": 64}
 SLIDING = {
     "mistral": ({}, 2),
     "phi3": ({}, 2),
