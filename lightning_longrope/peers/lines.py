@@ -20,6 +20,7 @@ log = logging.getLogger("lightning_longrope")
 TIMEOUT = 600.0
 """Seconds within which a run ends after one of its processes has fallen silent."""
 
+_BEAT = 2.0  # most seconds between two signs of life; short, for the timeout may be set shorter at any time
 _GRACE = 20.0  # most seconds between knowing of a loss and ending a process that is stuck
 _VERDICT = 5.0  # seconds by which the lines may be slower than a collective that breaks
 _AGAIN = "The same command goes on from what is saved."
@@ -271,7 +272,7 @@ class Peers:
         """The thread: listens, beats, and judges silence."""
         beaten = 0.0
         while not self._closed and self.loss is None:
-            interval = min(5.0, self.timeout / 8)
+            interval = min(_BEAT, self.timeout / 8)
             for key, _ in self._selector.select(interval):
                 if key.data is None:
                     self._accept()
