@@ -27,7 +27,7 @@ test: install
 	$(BIN)/pytest
 
 docs: install
-	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	$(BIN)/sphinx-build -E -W --keep-going -q docs docs/_build/html
 	@echo docs/_build/html/index.html
 
 clean:

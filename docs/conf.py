@@ -3,6 +3,7 @@
 import sys
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -17,7 +18,7 @@ exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!lightning_longrope).*"),
-    ("py:.*", r"lightning_longrope\..*\.(T|_\w+|Bins|Layout|Pieces|Stream|Stretches)"),  # private, and type variables
+    ("py:.*", r"lightning_longrope\..*\.(T|Bins|Layout|Pieces|Stream|Stretches)"),  # private, and type variables
 ]
 
 autodoc_inherit_docstrings = False  # the hooks of Lightning are described there
@@ -46,8 +47,25 @@ html_static_path = ["_static"]
 html_css_files = ["style.css"]
 
 
+def hide_private_bases(app: Sphinx, name: str, cls: type, options: Any, bases: list[Any]) -> None:
+    """Puts the bases of a private base in its place."""
+    for base in [base for base in bases if getattr(base, "__name__", "").startswith("_")]:
+        place = bases.index(base)
+        bases[place : place + 1] = base.__bases__
+
+
+def keep_colons(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Joins what napoleon has parted: it takes the words before a colon for the type of an attribute."""
+    types = [line for line in lines if line.startswith(":type: ")]
+    if what in ("attribute", "data", "property") and types:
+        lines.remove(types[0])
+        lines[0] = f"{types[0].removeprefix(':type: ')}: {lines[0]}"
+
+
 def setup(app: Sphinx) -> None:
     """Writes the pages that are made from the code before Sphinx reads any."""
     from pages import write_pages
 
+    app.connect("autodoc-process-docstring", keep_colons, priority=600)  # after napoleon
+    app.connect("autodoc-process-bases", hide_private_bases)
     app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir)))

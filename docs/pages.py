@@ -204,11 +204,7 @@ def _key(value: Any, room: ModuleType, name: str) -> Any:
 
 
 def _class_page(room: ModuleType, name: str) -> str:
-    parts = [
-        _title(name),
-        f".. currentmodule:: {room.__name__}",
-        f".. autoclass:: {name}\n   :members:\n   :show-inheritance:",
-    ]
+    parts = [_title(name), f".. currentmodule:: {room.__name__}", _autoclass(name, getattr(room, name))]
     if fragment := fragments().get(f"{room.__name__}.{name}"):
         parts += [
             _title("In a configuration", "-"),
@@ -230,9 +226,15 @@ def _room_page(room: ModuleType, page: str, names: dict[str, Any], classes: list
     # autodoc would take the docstring of their type
     constants = sorted(set(names) - set(classes) - set(functions))
     parts += [f".. py:data:: {name}\n   :value: {names[name]!r}".replace("typing.", "") for name in constants]
-    parts += [f".. autoclass:: lightning_longrope.{path}\n   :members:\n   :show-inheritance:"
-              for path in MENTIONED.get(page, ())]  # fmt: skip
+    for path in MENTIONED.get(page, ()):
+        home, name = f"lightning_longrope.{path}".rsplit(".", 1)
+        parts.append(_autoclass(f"{home}.{name}", getattr(importlib.import_module(home), name)))
     return "\n\n".join(parts) + "\n"
+
+
+def _autoclass(name: str, cls: type) -> str:
+    bases = "" if cls.__bases__ == (object,) else "\n   :show-inheritance:"
+    return f".. autoclass:: {name}\n   :members:{bases}"
 
 
 def fragments() -> dict[str, str]:
