@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -31,6 +33,38 @@ def choose_attention(requested: str, dtype: torch.dtype, cuda: bool | None = Non
     if dtype not in (torch.float16, torch.bfloat16):
         return None, f"FlashAttention needs weights in a half type (`dtype: bfloat16`), these are {_name(dtype)}"
     return "flash_attention_2", f"flash-attn is installed and weights are {_name(dtype)}"
+
+
+@contextmanager
+def probing(model: Any) -> Iterator[bool]:
+    """Lets a few tokens go through a model in whatever state it is, and leaves no trace on it.
+
+    Eval mode, no gradients; autocast where parts of the model differ in type or its kernel knows half types only; and
+    another kernel where its own cannot run, as FlashAttention on a CPU before the model goes to its device.
+
+    Args:
+        model: A Hugging Face causal language model.
+
+    Yields:
+        Whether the result has the precision of a half type.
+    """
+    device, config = model.get_input_embeddings().weight.device.type, model.config
+    kernel, modes = config._attn_implementation, [(module, module.training) for module in model.modules()]
+    types = {p.dtype for p in model.parameters()}
+    flash = kernel is not None and ("flash" in kernel or kernel.startswith("fa"))
+    autocast = len(types) > 1 or (flash and device != "cpu" and torch.float32 in types)
+    half = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
+    model.eval()
+    if flash and device == "cpu":
+        config._attn_implementation_internal = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+    try:
+        with torch.no_grad(), half:
+            yield autocast or types != {torch.float32}
+    finally:
+        if flash and device == "cpu":
+            config._attn_implementation_internal = kernel
+        for module, training in modes:
+            module.training = training
 
 
 def say_attention(model: Any, reason: str) -> None:

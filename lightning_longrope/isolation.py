@@ -31,6 +31,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lightning_longrope.attention import probing
+
 log = logging.getLogger(__name__)
 
 SUFFIX = "_by_document"
@@ -183,9 +185,21 @@ def attention_by_document(implementation: str) -> Attention:
         fallback = _eager_of(module) if known is None else known
         if stretches is None:
             return fallback(module, query, key, value, mask, **options)
+        if known is not None:
+            query, key, value = in_computing_type(query, key, value)
         return _by_document(fallback, implementation, module, query, key, value, stretches, options)
 
     return attention
+
+
+def in_computing_type(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values in the type that autocast would compute attention in.
+
+    Rotary embeddings leave queries and keys in float32 beside half-precision values.
+    """
+    device = parts[0].device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return parts if kind is None else tuple(part.to(kind) for part in parts)
 
 
 def mask_by_document(implementation: str) -> Callable[..., Any]:
@@ -286,23 +300,19 @@ def _prove(model: PreTrainedModel) -> None:
         RuntimeError: If it does.
     """
     embedding = model.get_input_embeddings().weight
-    device, modes = embedding.device, [(module, module.training) for module in model.modules()]
+    device = embedding.device
     rows = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rows", None) or 1  # it may have a table for each
     bounds = [12 * row + start for row in range(rows) for start in (0, 5)]
     stretches = Stretches(torch.tensor([*bounds, 12 * rows], dtype=torch.int32, device=device), 7)
     positions = torch.cat([torch.arange(5), torch.arange(7)]).expand(rows, -1).to(device)
     found = []
-    model.eval()
-    try:
+    with probing(model), torch.compiler.set_stance("force_eager"):
         for first in (1, 2):
             tokens = torch.full((rows, 12), first, device=device)
             tokens[:, 5:] = 3
-            with isolated_documents(model, stretches) as keywords, torch.compiler.set_stance("force_eager"):
+            with isolated_documents(model, stretches) as keywords:
                 output = model.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False, **keywords)
             found.append(output.last_hidden_state.float())
-    finally:
-        for module, training in modes:
-            module.training = training
     apart = (found[0] - found[1]).abs()[0].amax(-1)
     if not apart[:5].any() or apart[5:].max() > 1e-3 * apart[:5].max():
         raise RuntimeError(

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lightning_longrope.attention import probing
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
@@ -206,7 +207,6 @@ def _runs(model: PreTrainedModel) -> bool:
     return not any(p.is_meta or p.numel() == 0 for p in model.parameters())
 
 
-@torch.no_grad()
 def probe_logits(model: PreTrainedModel, position_ids: Tensor) -> Tensor:
     """Logits of a few fixed tokens at given positions, whatever state the model is in; it leaves no trace.
 
@@ -220,21 +220,11 @@ def probe_logits(model: PreTrainedModel, position_ids: Tensor) -> Tensor:
     device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.shape[0]
     position_ids = position_ids.to(device)
     input_ids = (torch.arange(position_ids.shape[1], device=device)[None] * 7919 + 1) % vocabulary
-    modes = [(module, module.training) for module in model.modules()]
-    flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
-    mixed = len({p.dtype for p in model.parameters()}) > 1  # adapters beside frozen half-precision weights
-    needed = mixed or (flash and model.dtype == torch.float32)
-    half = torch.autocast(device.type, torch.bfloat16) if needed else nullcontext()
-    model.eval()
-    try:
-        with half:
-            # the mask is what tells transformers that jumps in the positions are not borders of documents
-            mask = torch.ones_like(input_ids)
-            output = model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
-            return output.logits.clone()
-    finally:
-        for module, training in modes:
-            module.training = training
+    # the mask is what tells transformers that jumps in the positions are not borders of documents
+    mask = torch.ones_like(input_ids)
+    with probing(model):
+        output = model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
+        return output.logits.clone()
 
 
 def _spread(target_length: int) -> Tensor:

@@ -169,7 +169,7 @@ class LongRoPEModule(LightningModule):
 
     @override
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits of every position, [B, S, V], on every rank; scoring and training never call this for long rows."""
+        """Logits of every position, [B, S, V], on every rank, for losses of one's own on rows that are not too long."""
         hidden = hidden_states(self.model, input_ids)
         return output_head(self.model)(sequence_group(self.model).join(hidden, input_ids.shape[1]))
 

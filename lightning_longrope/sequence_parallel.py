@@ -14,7 +14,7 @@ Source: DeepSpeed-Ulysses, arXiv:2309.14509; wiring and collectives are our own,
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -27,12 +27,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lightning_longrope.attention import probing
 from lightning_longrope.isolation import (
     OVER_RANKS,
     Attention,
     Stretches,
     attention_by_document,
     flash_keywords,
+    in_computing_type,
     mask_by_document,
 )
 
@@ -69,9 +71,11 @@ class SequenceGroup:
         whole = F.pad(rows, (0, share * self.size - rows.shape[1]), value=filling)
         return whole[:, self.rank * share : (self.rank + 1) * share].contiguous()
 
-    @torch.no_grad()
     def join(self, shares: Tensor, length: int) -> Tensor:
-        """Whole rows from every rank's part, the same on each.
+        """Whole rows from every rank's part, the same on each (an all-gather).
+
+        Differentiable for a loss that every rank computes alike on whole rows: the mean of the ranks' gradients, which
+        every strategy takes, is that of one process.
 
         Args:
             shares: The part of this rank, [B, ceil(S / P), ...].
@@ -82,10 +86,7 @@ class SequenceGroup:
         """
         if self.group is None:
             return shares
-        own = _real(shares).contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own, group=self.group)
-        return torch.cat(parts, dim=1)[:, :length].to(shares.device)
+        return cast("Tensor", _Join.apply(shares, self, length))
 
     @torch.no_grad()
     def take(self, shares: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
@@ -236,6 +237,8 @@ def _register(implementation: str) -> str:
         if group is None:
             return inner(module, query, key, value, mask, **options)
         options.pop("position_ids", None)  # those of the share
+        if base != "eager":
+            query, key, value = in_computing_type(query, key, value)
         if options["stretches"] is None and (base == "eager" or options.get("sliding_window")):
             options["stretches"] = _rows(len(query), query.shape[2] * group.size, query.device)
         return _over_ranks(inner, group, module, query, key, value, options)
@@ -339,6 +342,26 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(gradients[0], ctx.group), None
 
 
+class _Join(torch.autograd.Function):
+    """All-gather along the tokens; its gradient is this rank's part, for all the ranks that compute the same loss."""
+
+    @staticmethod
+    def forward(ctx: Any, shares: Tensor, group: SequenceGroup, length: int) -> Tensor:
+        ctx.group = group
+        own = _real(shares).contiguous()
+        parts = [torch.empty_like(own) for _ in range(group.size)]
+        dist.all_gather(parts, own, group=group.group)
+        return torch.cat(parts, dim=1)[:, :length].to(shares.device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        group, length = ctx.group, gradients[0].shape[1]
+        share = group.share_of(length)
+        own = gradients[0][:, group.rank * share : (group.rank + 1) * share] * group.size
+        filling = torch.zeros_like(own[:, :1]).expand(-1, share - own.shape[1], *own.shape[2:])
+        return torch.cat([own, filling], dim=1), None, None
+
+
 def _real(tensor: Tensor) -> Tensor:
     """Zeros in place of a tensor without data (see ``out_of_memory``): the other ranks wait for this one's part."""
     if not tensor.is_meta:
@@ -359,26 +382,14 @@ def _prove(model: PreTrainedModel, group: SequenceGroup) -> None:
         return
     length, vocabulary = 4 * group.size - 1, getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO stage 3 empties it
     tokens = (torch.arange(2 * length, device=weight.device).view(2, length) * 7919 + 1) % vocabulary
-    modes = [(module, module.training) for module in model.modules()]
-    half = torch.autocast(weight.device.type, torch.bfloat16) if _wants_half(model) else nullcontext()
-    model.eval()
-    try:
-        with half:
-            whole = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-            with shared_rows(model, tokens, None, None) as inputs:
-                share = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    finally:
-        for module, training in modes:
-            module.training = training
+    with probing(model) as coarse, torch.compiler.set_stance("force_eager"):
+        whole = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        with shared_rows(model, tokens, None, None) as inputs:
+            share = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     error = (group.join(share, length) - whole).abs().max() / whole.abs().max()
-    if not error < (1e-3 if share.dtype == torch.float32 else 0.05):
+    if not error < (0.05 if coarse else 1e-3):
         raise RuntimeError(
             f"{type(model).__name__} gives other hidden states when {group.size} ranks share a row (off by"
             f" {error:.1e} of the largest): it mixes tokens outside of its attention, or its attention cannot be"
             " shared. Use it with `sequence_parallel_size: 1`."
         )
-
-
-def _wants_half(model: PreTrainedModel) -> bool:
-    """Whether the attention runs in half types only."""
-    return "fa" in model.config._attn_implementation and model.dtype == torch.float32

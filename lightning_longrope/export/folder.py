@@ -22,7 +22,7 @@ from lightning_longrope.files import write_text
 from lightning_longrope.loading import PRETRAINED_ROPE
 from lightning_longrope.lora import merged_weights
 from lightning_longrope.model import candidate_rows, install_factors, installed_tables, probe_logits, rope_geometry
-from lightning_longrope.rotary import RescaledRotary, rotary_output
+from lightning_longrope.rotary import RescaledRotary, float32_rotary, rotary_output
 from lightning_longrope.tables import LengthTables
 
 _ROPE_FIELDS = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
@@ -103,7 +103,9 @@ def _merged(model: Any) -> PreTrainedModel:
     lora, tables = getattr(model, "lora", None), installed_tables(model)
     if lora is None:
         return model
-    plain = type(model)(copy.deepcopy(model.config)).to(model.dtype).eval()
+    plain = type(model)(copy.deepcopy(model.config)).eval()
+    with float32_rotary(plain):
+        plain.to(model.dtype)
     plain.load_state_dict(merged_weights(model.state_dict(), lora))
     if tables is not None:
         install_factors(plain, tables)

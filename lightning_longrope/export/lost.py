@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_longrope.attention import probing
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.model import candidate_rows
 from lightning_longrope.scoring import token_nll
@@ -97,12 +98,6 @@ def _differences(own: RescaleFactors, other: RescaleFactors) -> Iterator[str]:
 
 def _perplexity(model: PreTrainedModel, table: RescaleFactors, tokens: Tensor) -> float:
     """Perplexity of a text under one table."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with candidate_rows(model, [table]):
-            nll = token_nll(model, tokens[None].to(model.get_input_embeddings().weight.device))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with probing(model), candidate_rows(model, [table]):
+        nll = token_nll(model, tokens[None].to(model.get_input_embeddings().weight.device))
     return math.exp(nll.double().mean().item())

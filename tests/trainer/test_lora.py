@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from lightning_longrope import LongRoPEModule, RescaleFactors, export_model, install_factors, load_model
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands.export import export_checkpoint
+from lightning_longrope.export import folder
 from lightning_longrope.fingerprints import _sample, model_digest
 from lightning_longrope.lora import LoRA, add_adapters
 from lightning_longrope.losses import chunked_nll
@@ -99,6 +100,14 @@ def test_merged_weights_are_those_that_peft_merges(tmp_path):
     assert merged.keys() == loaded.keys()
     for name, weight in loaded.items():
         torch.testing.assert_close(weight, merged[name], rtol=0, atol=1e-7, msg=name)
+
+
+def test_the_merged_copy_of_a_half_precision_model_keeps_exact_tables():
+    made = module(dtype="bfloat16", config={**LLAMA, "max_position_embeddings": 16384})
+    made.configure_model()
+    tables = [merged.model.rotary_emb.inv_freq for merged in (made.model, folder._merged(made.model), tiny_llama())]
+    assert all(table.dtype == torch.float32 for table in tables)
+    assert torch.equal(tables[1], tables[2])
 
 
 @pytest.mark.parametrize("tied", [False, True])

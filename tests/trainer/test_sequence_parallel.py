@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from processes import PARTITIONED, run_ranks
 from small_tokenizers import TEXT, byte_level
 
-from lightning_longrope import LongRoPEModule
+from lightning_longrope import LongRoPEModule, sequence_parallel
 from lightning_longrope.callbacks import FactorSearch, PasskeyRetrieval, PerplexityByLength
 from lightning_longrope.datamodules import PackedTextDataModule
 from lightning_longrope.factors import RescaleFactors
@@ -136,8 +136,39 @@ def share_and_compare(folder):
         ),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    whole_logits(group)
+    halves(group)
     refuse(group)
     (folder / f"done{dist.get_rank()}").write_text(" ".join(done))
+
+
+def whole_logits(group):
+    """A loss of one's own on the logits of whole rows, as every rank computes it."""
+    whole = model_of("llama")
+    shared = copy.deepcopy(whole)
+    share_rows(shared, group)
+    tokens = rows()[0]
+    for model, how in ((whole, SequenceGroup()), (shared, group)):
+        logits = output_head(model)(how.join(hidden_states(model, tokens), LENGTH))
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for ours, theirs in zip(shared.parameters(), whole.parameters(), strict=True):
+        dist.all_reduce(ours.grad)
+        torch.testing.assert_close(ours.grad / group.size, theirs.grad, rtol=1e-5, atol=1e-7)
+
+
+def halves(group):
+    """Adapters in float32 beside frozen bfloat16 weights, and what is exchanged under autocast."""
+    model = model_of("llama", dtype="bfloat16")
+    model.model.layers[0].self_attn.q_proj.float()
+    share_rows(model, group)  # whose proof runs before any strategy casts
+    model, sent = model_of("llama"), []
+    share_rows(model, group)
+    exchange = sequence_parallel._exchange
+    sequence_parallel._exchange = lambda part, group: sent.append(part.dtype) or exchange(part, group)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden_states(model, rows()[0])
+    sequence_parallel._exchange = exchange
+    assert set(sent) == {torch.bfloat16}
 
 
 def refuse(group):

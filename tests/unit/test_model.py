@@ -219,6 +219,16 @@ def test_casting_the_model_does_not_round_the_tables():
     assert model.model.rotary_emb(torch.zeros(1, 3, 64, dtype=torch.bfloat16), positions)[0].dtype == torch.bfloat16
 
 
+def test_a_model_for_flash_attention_takes_factors_before_it_goes_to_its_device():
+    model = _model("llama").bfloat16().train()
+    model.config._attn_implementation_internal = "flash_attention_2"  # which has no kernel for the CPU
+    factors = _factors(model)
+    install_factors(model, factors)
+    assert installed_factors(model) == factors
+    assert model.config._attn_implementation == "flash_attention_2"
+    assert model.training
+
+
 def test_a_model_built_on_the_meta_device_gets_its_tables_at_once():
     reference = _model()
     install_factors(reference, _factors(reference))
