@@ -8,15 +8,15 @@ import pytest
 import torch
 from helpers import LLAMA
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from processes import run_ranks, start_ranks
 from row_recorder import RowRecorder, recorded
-from torch.distributed.fsdp import fully_shard
 
 from lightning_longrope import LongRoPEModule, RescaleFactors
 from lightning_longrope.__main__ import main
 from lightning_longrope.datamodules import PackedTextDataModule
 from lightning_longrope.datamodules.sample_text import train_tokenizer
+from lightning_longrope.strategies import LongContextDeepSpeedStrategy, LongContextFSDP2Strategy
 
 pytestmark = pytest.mark.distributed
 
@@ -147,16 +147,13 @@ def test_ranks_of_a_sequence_parallel_group_see_the_same_rows(tmp_path, corpus):
     assert len({str(json.loads(line)["rows"]) for line in first.splitlines()}) == 6
 
 
-class Sharded(LongRoPEModule):
-    """Under FSDP2 every layer is a unit of its own; keeps the losses it logged."""
+class Noting(LongRoPEModule):
+    """Keeps the losses it logged."""
 
     def configure_model(self):
         if self.model is None:
             torch.manual_seed(0)
             super().configure_model()
-            if self.device_mesh is not None:
-                for part in (*self.model.model.layers, self.model.lm_head, self.model.model):
-                    fully_shard(part, mesh=self.device_mesh["data_parallel"])
         self.losses = []
 
     def on_train_batch_end(self, *arguments):
@@ -165,11 +162,9 @@ class Sharded(LongRoPEModule):
 
 def strategy(name):
     if name == "fsdp2":
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return LongContextFSDP2Strategy()
     if name.startswith("zero"):
-        from deepspeed_on_cpu import DeepSpeedOnCPU
-
-        return DeepSpeedOnCPU(stage=int(name[-1]))
+        return LongContextDeepSpeedStrategy(stage=int(name[-1]))
     return "ddp" if name == "ddp" else "auto"
 
 
@@ -183,7 +178,7 @@ def losses_under(corpus, folder, names, devices):
             **QUIET, strategy=strategy(name), devices=devices, max_steps=6, enable_checkpointing=False,
             limit_val_batches=0, use_distributed_sampler=False,
         )  # fmt: skip
-        module = Sharded(
+        module = Noting(
             config={**LLAMA, "vocab_size": 300}, factors=str(corpus / "factors.json"), gradient_checkpointing=True,
             optimizer=lambda groups: torch.optim.SGD(groups, lr=0.5),
         )  # fmt: skip

@@ -63,7 +63,7 @@ FIT = stage(
 )
 FIT["trainer"]["callbacks"] += [SAVING, part("test_tracking.Uploader", token=IN_CONFIG)]
 COMPARE = stage("compare", MEASURING, model={"init_args": {"name_or_path": "{out}/1-fit/checkpoints/last.ckpt"}},
-                target_length=256, methods=["none", "yarn"])  # fmt: skip
+                target_length=128, methods=["none", "yarn"])  # fmt: skip
 
 
 def records(path):
