@@ -10,13 +10,14 @@ import os
 import pickle
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from typing_extensions import override
 
 _WEIGHTS_PREFIX = "model."  # of the model inside a LongRoPEModule
@@ -26,11 +27,23 @@ _DEEPSPEED = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
+_METADATA, _FILESYSTEM = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
 _TORCH = {
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "torch.Size",
-    "torch.serialization._get_layout",
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),  # as Python 3.13 names them
+    ("pathlib._local", "WindowsPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    (_FILESYSTEM, "_StorageInfo"),
 }
 
 
@@ -53,22 +66,56 @@ def read_checkpoint(path: Path, values: bool = True) -> tuple[dict[str, Any], di
     Raises:
         ValueError: If there is no such checkpoint, another module has written it, or it is not whole or not safe.
     """
+    extra = _read_extra(path)
     if is_deepspeed(path):
-        extra, weights = _read_deepspeed(path, values)
+        weights = _read_deepspeed(path, extra, values)
     elif _is_distributed(path):
-        extra, weights = _load(path / "meta.pt"), _read_distributed(path)
-    elif path.is_file():
-        extra = _load(path)
-        weights = extra["state_dict"]
+        weights = _read_distributed(path, values)
     else:
-        raise ValueError(f"No checkpoint at {path}: expected a file, or a folder written by DeepSpeed or FSDP2.")
-    if "longrope" not in extra:
-        raise ValueError(f"{path} was not written by LongRoPEModule: it has no `longrope` entry.")
+        weights = extra["state_dict"]
     return extra["longrope"], {
         name.removeprefix(_WEIGHTS_PREFIX): tensor
         for name, tensor in weights.items()
         if name.startswith(_WEIGHTS_PREFIX)
     }
+
+
+def read_entry(path: Path) -> dict[str, Any]:
+    """The ``longrope`` entry of a checkpoint, of which no weight is read.
+
+    Raises:
+        ValueError: As ``read_checkpoint``.
+    """
+    entry: dict[str, Any] = _read_extra(path)["longrope"]
+    return entry
+
+
+def _read_extra(path: Path) -> dict[str, Any]:
+    """What Lightning has saved beside the weights; in a single file these too, mapped and not read."""
+    put_back(path)
+    if is_deepspeed(path):
+        extra = _load(_model_files(path)[0])
+    elif _is_distributed(path):
+        extra = _load(path / "meta.pt")
+    elif path.is_file():
+        extra = _load(path)
+    else:
+        raise ValueError(f"No checkpoint at {path}: expected a file, or a folder written by DeepSpeed or FSDP2.")
+    if "longrope" not in extra:
+        raise ValueError(f"{path} was not written by LongRoPEModule: it has no `longrope` entry.")
+    return dict(extra)
+
+
+def replaced_by(path: Path) -> Path:
+    """Where the earlier checkpoint lies for the moment in which a new one takes its place."""
+    return path.with_name(f".{path.name}.replaced")
+
+
+def put_back(path: Path) -> None:
+    """Puts an earlier checkpoint back whose run was killed in the moment in which a new one took its place."""
+    if not path.exists():
+        with suppress(FileNotFoundError):  # there is none, or another process was faster
+            replaced_by(path).rename(path)
 
 
 def saved_ranks(path: Path) -> int:
@@ -92,7 +139,11 @@ def convert_to_universal(path: Path, folder: Path) -> str:
 
     Returns:
         The last line of what went wrong; empty if nothing did.
+
+    Raises:
+        ValueError: If the checkpoint is not safe to read.
     """
+    check_safe(path)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(_tag_folder(path)), "--output_folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -101,8 +152,26 @@ def convert_to_universal(path: Path, folder: Path) -> str:
 
 def universal_groups(folder: Path) -> list[dict[str, Any]]:
     """Settings of every group of an optimizer, from the folder that ``convert_to_universal`` has written."""
-    state = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False, mmap=True)
+    file = folder / "zero" / "optimizer_state.pt"
+    _check_file(file)
+    state = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
     return list(state["param_groups"])
+
+
+def check_safe(path: Path) -> None:
+    """Refuses a DeepSpeed folder with objects that DeepSpeed, which unpickles without restrictions, would run.
+
+    Raises:
+        ValueError: If there are any but tensors, numbers, texts, collections and the known classes of DeepSpeed.
+    """
+    for file in sorted(_tag_folder(path).glob("*_states.pt")):
+        _check_file(file)
+
+
+def _check_file(file: Path) -> None:
+    unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _DEEPSPEED
+    if unknown:
+        raise ValueError(f"{file} holds objects that are not safe to read: {', '.join(sorted(unknown))}.")
 
 
 def choose_accelerator() -> None:
@@ -128,20 +197,20 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def _read_deepspeed(path: Path, values: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What Lightning has saved beside the weights of a DeepSpeed folder, and the weights."""
+def _model_files(path: Path) -> list[Path]:
     folder = _tag_folder(path)
-    models = sorted(folder.glob("*_model_states.pt"))
-    if not models:
+    files = sorted(folder.glob("*_model_states.pt"))
+    if not files:
         raise ValueError(f"{path} is not whole: it has no *_model_states.pt in {folder.name}.")
-    extra = _load(models[0])
-    shards = sorted(folder.glob("*_optim_states.pt"))
-    if not shards:  # stage 0
-        return extra, extra["module"]
-    for file in (*models, *shards):
-        unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _DEEPSPEED
-        if unknown:
-            raise ValueError(f"{file} holds objects that are not safe to read: {', '.join(sorted(unknown))}.")
+    return files
+
+
+def _read_deepspeed(path: Path, extra: dict[str, Any], values: bool) -> dict[str, Tensor]:
+    """The weights of a DeepSpeed folder."""
+    if not saved_ranks(path):  # stage 0
+        weights: dict[str, Tensor] = extra["module"]
+        return weights
+    check_safe(path)
     choose_accelerator()
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, to_torch_tensor
@@ -152,19 +221,29 @@ def _read_deepspeed(path: Path, values: bool) -> tuple[dict[str, Any], dict[str,
     try:
         with redirect_stdout(io.StringIO()):  # it prints
             # unpickles without restrictions, hence the check above
-            state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=folder.name, lazy_mode=True)
-            return extra, to_torch_tensor(state, return_empty_tensor=not values)
+            state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_tag_folder(path).name, lazy_mode=True)
+            tensors: dict[str, Tensor] = to_torch_tensor(state, return_empty_tensor=not values)
+            return tensors
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path} is not whole: {error}") from error
 
 
-def _read_distributed(path: Path) -> dict[str, Tensor]:
+def _read_distributed(path: Path, values: bool) -> dict[str, Tensor]:
     """The weights of a distributed checkpoint of torch, without its optimizer states."""
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     with (path / ".metadata").open("rb") as index:
-        _Index(index).load()  # torch unpickles it without restrictions
+        metadata = _Index(index).load()  # torch unpickles it without restrictions
+    found = {
+        names[1]: metadata.state_dict_metadata[key]
+        for key, names in metadata.planner_data.items()
+        if names[0] == "state_dict"
+    }
+    if pickled := sorted(name for name, kind in found.items() if not isinstance(kind, TensorStorageMetadata)):
+        raise ValueError(f"{path} holds weights that are not safe to read, being no tensors: {', '.join(pickled)}.")
+    if not values:
+        return {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in found.items()}
     loaded: dict[str, Any] = {}
     planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
     _load_state_dict(loaded, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
@@ -176,7 +255,7 @@ class _Index(pickle.Unpickler):
 
     @override
     def find_class(self, module: str, name: str) -> Any:
-        known = module.startswith("torch.distributed.checkpoint.") or f"{module}.{name}" in _TORCH
-        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        known = (module, name) in _TORCH or (module == "torch" and isinstance(vars(torch).get(name), torch.dtype))
+        if not known:
             raise ValueError(f"The checkpoint's index holds an object that is not safe to read: {module}.{name}.")
         return super().find_class(module, name)

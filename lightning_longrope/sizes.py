@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
+from lightning_longrope.checkpoints import is_checkpoint, read_entry
 from lightning_longrope.estimate import ModelSize
 from lightning_longrope.geometry import config_fields
 from lightning_longrope.layers import decoder_layers
@@ -26,7 +26,7 @@ def read_config(
         return new_config(config)
     path = Path(str(name_or_path))
     if is_checkpoint(path):
-        entries = dict(read_checkpoint(path)[0]["config"])
+        entries = dict(read_entry(path)["config"])
         return AutoConfig.for_model(entries.pop("model_type"), **entries)
     try:
         return AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
@@ -75,11 +75,13 @@ def _experts(fields: dict[str, Any]) -> float:
 
 
 def _mlp_width(fields: dict[str, Any]) -> int:
+    """Width of the MLP that a token goes through: of the experts chosen for it, and of those that all tokens share."""
     names = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
     width = next((fields[name] for name in names if fields.get(name)), 4 * fields["hidden_size"])
     if experts := fields.get("num_experts_per_tok"):
-        shared = fields.get("shared_expert_intermediate_size") or 0
-        width = experts * (fields.get("moe_intermediate_size") or width) + shared
+        shared = fields.get("n_shared_experts") or fields.get("moe_num_shared_experts") or 0
+        width = (experts + shared) * (fields.get("moe_intermediate_size") or width)
+        width += fields.get("shared_expert_intermediate_size") or 0
     return int(width)
 
 

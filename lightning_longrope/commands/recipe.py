@@ -26,6 +26,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_longrope import __version__, peers
+from lightning_longrope.checkpoints import put_back
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands.export import CHECKPOINT, export_arguments, export_checkpoint
 from lightning_longrope.commands.parsing import Parser
@@ -162,6 +163,7 @@ def stage_words(stage: Stage, overrides: list[str]) -> list[str]:
     """The command line of a stage; one that was cut goes on from its last checkpoint."""
     words = [stage.command, "--config", yaml.safe_dump(stage.config), *overrides]
     words += ["--trainer.default_root_dir", str(stage.folder)]
+    put_back(stage.folder / CHECKPOINT)
     if stage.command == "fit" and (stage.folder / CHECKPOINT).exists():
         words += ["--ckpt_path", str(stage.folder / CHECKPOINT)]
     return words

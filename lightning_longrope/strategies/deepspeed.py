@@ -5,10 +5,12 @@ random weights out of empty tensors and reads no pretrained ones under ZeRO stag
 and takes half an hour to notice that a peer is gone.
 """
 
+import copy
 import os
 import shutil
-import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,28 +22,30 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Muon, Optimizer
 from typing_extensions import override
 
 from lightning_longrope.checkpoints import (
+    check_safe,
     choose_accelerator,
     convert_to_universal,
     is_deepspeed,
+    put_back,
+    replaced_by,
     saved_ranks,
     saved_stages,
     universal_groups,
 )
-from lightning_longrope.files import write_text
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.optimizers import MuonAdamW
 from lightning_longrope.rotary import recompute_rotary
 from lightning_longrope.strategies.sequence_parallel import SequenceParallel
 
 _SMALLEST_BUCKET = 2**20  # elements; below that, messages cost more than what they carry
-# Lightning's defaults, which count as not chosen
+# Lightning's defaults, which count as not chosen among its own arguments: LightningCLI gives them all
 _UNCHOSEN = {"reduce_bucket_size": 2 * 10**8, "allgather_bucket_size": 2 * 10**8, "sub_group_size": 10**12}
 
 
@@ -118,6 +122,9 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
     ) -> None:
         _check(stage, offload_optimizer, offload_parameters, nvme_path)
         choose_accelerator()
+        if isinstance(kwargs.get("config"), dict):
+            kwargs["config"] = copy.deepcopy(kwargs["config"])  # DeepSpeed and Lightning write into it
+        self._chosen = {*(zero or {}), *(name for name, size in _UNCHOSEN.items() if kwargs.get(name, size) != size)}
         if nvme_path is not None:
             kwargs |= {"nvme_path": nvme_path, "offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
         super().__init__(
@@ -132,7 +139,7 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
         assert isinstance(self.config, dict)
         self.config.setdefault("zero_allow_untested_optimizer", True)
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
-        self.config["zero_optimization"] = {**self.config.get("zero_optimization", {}), **(zero or {})}
+        self.config["zero_optimization"] = {**self.config.get("zero_optimization", {}), **copy.deepcopy(zero or {})}
 
     @contextmanager
     @override
@@ -183,8 +190,7 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
             sizes |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": 10 * hidden}
             sizes["sub_group_size"] = 10**9  # elements of which the optimizer steps at once
         assert isinstance(self.config, dict)
-        zero = self.config["zero_optimization"]
-        zero |= {name: size for name, size in sizes.items() if zero.get(name) in (None, _UNCHOSEN.get(name))}
+        self.config["zero_optimization"] |= {name: size for name, size in sizes.items() if name not in self._chosen}
 
     @override
     def _init_optimizers(self) -> tuple[Optimizer, LRSchedulerConfig | None]:
@@ -205,32 +211,42 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Saves a folder that takes the place of an earlier one only when it is whole."""
+        """Saves a folder that takes the place of an earlier one only when it is whole, on the disk of every node."""
         path = Path(self.broadcast(filepath))
-        if self._own_config and self.config and self.config.get("checkpoint", {}).get("use_node_local_storage"):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        partial, replaced = (path.with_name(f".{path.name}.{what}") for what in ("partial", "replaced"))
-        if self.is_global_zero:
+        partial = path.with_name(f".{path.name}.partial")
+        for _ in self._one_node_after_another():
+            put_back(path)
             _remove(partial)
-        self.barrier()
         super().save_checkpoint(checkpoint, partial, storage_options)
         self.barrier()
-        if self.is_global_zero:
-            _remove(replaced)
-            if path.exists():  # shards of more ranks would stay in it
-                path.rename(replaced)
-            partial.rename(path)
-            _remove(replaced)
-        self.barrier()
+        whole = self.reduce_boolean_decision(is_deepspeed(partial))
+        if not whole:
+            rank_zero_warn(
+                f"{path} is not on a file system that all nodes share: every node keeps the shards of its own ranks"
+                " there, which must be brought together in one folder to be resumed, exported or evaluated."
+            )
+        for _ in self._one_node_after_another():
+            if partial.exists():  # else the node shares the disk of one before it
+                _take_place(partial, path)
+
+    def _one_node_after_another(self) -> Iterator[None]:
+        """Gives the first process of each node its turn; all leave when the last has had it."""
+        for node in range(self.num_nodes):
+            if self.local_rank == 0 and self.node_rank == node:
+                yield
+            self.barrier()
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Restores what DeepSpeed has saved; optimizer states are cut anew for another number of ranks."""
         path = Path(self.broadcast(checkpoint_path))
+        for _ in self._one_node_after_another():
+            put_back(path)
         if self.load_full_weights and self.zero_stage_3:
             return super().load_checkpoint(path, weights_only)
         self._check_resumable(path)
+        if weights_only is not False:
+            check_safe(path)
         engine_optimizer = getattr(self.model, "optimizer", None)
         if self.zero_stage_3 and not hasattr(engine_optimizer, "_restore_from_bit16_weights"):
             # asked for by DeepSpeed after weights were read without an optimizer, which has nothing to restore then
@@ -273,17 +289,9 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
         """DeepSpeed's universal form of a checkpoint, beside it for as long as the context lasts."""
         rank_zero_info(f"{path} was saved by {saved_ranks(path)} ranks: converting it for {self.world_size}.")
         folder = path.with_name(f"{path.name}.universal")
-        outcome = folder / "outcome"
-        if self.is_global_zero:
-            _remove(folder)
-        self.barrier()
-        if self.is_global_zero:
-            write_text(outcome, convert_to_universal(path, folder / "checkpoint"))
-        while not outcome.exists():  # for longer than a collective may take
-            time.sleep(0.2)
         engine = self.deepspeed_engine
         try:
-            if failure := outcome.read_text(encoding="utf-8"):
+            if failure := self._convert(path, folder):
                 raise ValueError(
                     f"{path} was saved by {saved_ranks(path)} ranks and cannot be resumed by {self.world_size}:"
                     f" DeepSpeed, which converts the states of Adam optimizers, failed ({failure}). Resume it with as"
@@ -296,6 +304,45 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
             self.barrier()
             if self.is_global_zero:
                 _remove(folder)
+
+    def _convert(self, path: Path, folder: Path) -> str:
+        """Rank 0 converts, for longer than a collective may take, and tells the others every second how it stands.
+
+        Returns:
+            What went wrong, on every rank; empty if nothing did.
+        """
+        outcome: str | None = None
+        with ThreadPoolExecutor(1) as thread:
+            work = thread.submit(_convert_anew, path, folder) if self.is_global_zero else None
+            while outcome is None:
+                outcome = self.broadcast(None if work is None else _outcome(work))
+        return outcome
+
+
+def _convert_anew(path: Path, folder: Path) -> str:
+    _remove(folder)
+    folder.mkdir()
+    return convert_to_universal(path, folder / "checkpoint")
+
+
+def _outcome(work: Future[str]) -> str | None:
+    """What became of a conversion; None if nothing has within a second."""
+    try:
+        return work.result(timeout=1)
+    except NotYet:
+        return None
+    except Exception as error:  # the other ranks wait for it
+        return f"{type(error).__name__}: {error}"
+
+
+def _take_place(partial: Path, path: Path) -> None:
+    """Puts a whole checkpoint where an earlier one may be; shards of more ranks would stay in that."""
+    replaced = replaced_by(path)
+    _remove(replaced)
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    _remove(replaced)
 
 
 def _remove(path: Path) -> None:

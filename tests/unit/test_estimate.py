@@ -139,6 +139,26 @@ def test_parameters_are_those_that_transformers_makes(kind):
         assert adapted.trainable == 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32))  # B and A of q, o and of k, v
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mixtral", {"num_local_experts": 6}),
+        ("qwen3_moe", {"num_experts": 6, "moe_intermediate_size": 24}),
+        ("qwen2_moe", {"num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}),
+        ("deepseek_v3", {"n_routed_experts": 6, "moe_intermediate_size": 24, "n_shared_experts": 2}),
+        ("glm4_moe", {"n_routed_experts": 6, "moe_intermediate_size": 24, "n_shared_experts": 2}),
+    ],
+)
+def test_the_mlp_of_a_token_is_that_of_its_experts(kind, fields):
+    fields |= {"num_experts_per_tok": 3, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    config = AutoConfig.for_model(kind, **SMALL, **fields)
+    mlp = AutoModelForCausalLM.from_config(config).model.layers[1].mlp
+    shared = getattr(mlp, "shared_expert", getattr(mlp, "shared_experts", None))
+    count, hidden, width = mlp.experts.down_proj.shape
+    assert (count, hidden) == (6, 64)
+    assert model_size(config).mlp == 3 * width + (shared.down_proj.in_features if shared is not None else 0)
+
+
 def test_sliding_windows_are_read():
     assert model_size(AutoConfig.for_model("gemma3_text", **{**SMALL, "num_hidden_layers": 6})).windows == (4096,) * 5
     assert model_size(AutoConfig.for_model("mistral", **SMALL, sliding_window=7)).windows == (7, 7)

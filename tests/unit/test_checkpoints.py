@@ -1,0 +1,105 @@
+"""Folders of shards: nothing in them is run, nothing more is read than is asked for, and a kill loses none."""
+
+import os
+
+import pytest
+import torch
+from helpers import LLAMA
+
+from lightning_longrope import load_model
+from lightning_longrope.checkpoints import convert_to_universal, read_checkpoint, universal_groups
+from lightning_longrope.sizes import read_config
+
+UNSAFE = "not safe to read: posix.mkdir"
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def entry():
+    return {"config": LLAMA, "factors": None}
+
+
+def deepspeed(path, **content):
+    """A folder as DeepSpeed writes it without partitions."""
+    (path / "checkpoint").mkdir(parents=True)
+    (path / "latest").write_text("checkpoint")
+    torch.save({"longrope": entry(), **content}, path / "checkpoint" / "mp_rank_00_model_states.pt")
+    return path
+
+
+def distributed(path, **weights):
+    """A folder as FSDP2 writes it."""
+    state = {"state_dict": {f"model.{name}": weight for name, weight in weights.items()}}
+    torch.distributed.checkpoint.save(state, checkpoint_id=path, no_dist=True)
+    torch.save({"longrope": entry()}, path / "meta.pt")
+    return path
+
+
+def short(text):
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("torch.distributed.checkpoint.filesystem", "os.mkdir"),  # which protocol 4 follows
+        ("torch.distributed.checkpoint.filesystem", "os"),
+        ("torch.distributed.checkpoint.state_dict_loader", "load"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_an_index_reaches_nothing_through_the_modules_of_torch(tmp_path, monkeypatch, module, name):
+    monkeypatch.chdir(tmp_path)
+    folder = distributed(tmp_path / "saved", a=torch.ones(2))
+    assert torch.equal(read_checkpoint(folder)[1]["a"], torch.ones(2))
+    (folder / ".metadata").write_bytes(b"\x80\x04" + short(module) + short(name) + b"\x93" + short("evil") + b"\x85R.")
+    with pytest.raises(ValueError, match=f"not safe to read: {module}.{name}"):
+        read_checkpoint(folder)
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_weights_that_are_no_tensors_are_not_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = distributed(tmp_path / "saved", a=torch.ones(2), b=Evil())
+    with pytest.raises(ValueError, match=r"not safe to read, being no tensors: model.b"):
+        read_checkpoint(folder)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_deepspeed_folder_is_checked_before_it_is_converted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = deepspeed(tmp_path / "saved.ckpt")
+    torch.save({"optimizer_state_dict": Evil()}, folder / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (tmp_path / "universal" / "zero").mkdir(parents=True)
+    torch.save({"param_groups": Evil()}, tmp_path / "universal" / "zero" / "optimizer_state.pt")
+    with pytest.raises(ValueError, match=UNSAFE):
+        convert_to_universal(folder, tmp_path / "converted")
+    with pytest.raises(ValueError, match=UNSAFE):
+        universal_groups(tmp_path / "universal")
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_the_config_is_read_without_a_weight(tmp_path):
+    zero = deepspeed(tmp_path / "zero.ckpt")
+    (zero / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    fsdp = distributed(tmp_path / "fsdp.ckpt", a=torch.ones(3, 2, dtype=torch.bfloat16))
+    for shard in fsdp.glob("*.distcp"):
+        shard.unlink()
+    for folder in (zero, fsdp):
+        assert read_config(folder).hidden_size == LLAMA["hidden_size"]
+    shapes = {name: (weight.shape, weight.dtype) for name, weight in read_checkpoint(fsdp, values=False)[1].items()}
+    assert shapes == {"a": ((3, 2), torch.bfloat16)}
+
+
+def test_the_earlier_checkpoint_is_back_after_a_kill_between_the_renames(tmp_path):
+    model = load_model(config=LLAMA)
+    deepspeed(tmp_path / ".last.ckpt.replaced", module={f"model.{k}": w for k, w in model.state_dict().items()})
+    deepspeed(tmp_path / ".last.ckpt.partial", module={})
+    found = load_model(tmp_path / "last.ckpt").state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", ".last.ckpt.partial"}
