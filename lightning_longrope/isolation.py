@@ -32,6 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_longrope.attention import probing
+from lightning_longrope.sliding import sliding_window
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +79,10 @@ def plain_rows(model: PreTrainedModel, input_ids: Tensor) -> Stretches | None:
         None where the attention makes no mask: without windows shorter than the rows, or with kernels that have them.
     """
     rows, length = input_ids.shape
-    window = shortest_window(model.config)
+    found = sliding_window(model.config)
     if "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
         _warn_of_mask(type(model).__name__)  # of Llama 4, whose chunks we do not know
-    if window is None or length <= window or not model.config._attn_implementation.startswith(("sdpa", "eager")):
+    if found is None or length <= found.length or not model.config._attn_implementation.startswith(("sdpa", "eager")):
         return None
     try:
         _prepare(model)
@@ -89,14 +90,6 @@ def plain_rows(model: PreTrainedModel, input_ids: Tensor) -> Stretches | None:
         _warn_of_mask(type(model).__name__)
         return None
     return Stretches(torch.arange(rows + 1, device=input_ids.device, dtype=torch.int32) * length, length)
-
-
-def shortest_window(config: Any) -> int | None:
-    """Tokens that a layer with a sliding window sees, None where all layers see all tokens."""
-    config = config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    switched_off = getattr(config, "use_sliding_window", True) is False
-    return None if switched_off or (kinds is not None and "sliding_attention" not in kinds) else window
 
 
 @cache

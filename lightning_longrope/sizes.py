@@ -12,6 +12,7 @@ from lightning_longrope.geometry import config_fields
 from lightning_longrope.layers import decoder_layers
 from lightning_longrope.loading import new_config
 from lightning_longrope.lora import LoRA, add_adapters
+from lightning_longrope.sliding import sliding_window
 
 
 def read_config(
@@ -49,7 +50,7 @@ def model_size(config: Any, lora: LoRA | None = None, trust_remote_code: bool = 
         )
     if lora is not None:
         add_adapters(model, lora)
-    layers, fields = decoder_layers(model), config_fields(config)
+    layers, fields, slides = decoder_layers(model), config_fields(config), sliding_window(config)
     chosen, heads = _experts(fields), fields["num_attention_heads"]
     head_size = fields.get("head_dim") or fields["hidden_size"] // heads
     inside = [(name, p.numel()) for name, p in layers.named_parameters()]
@@ -64,7 +65,7 @@ def model_size(config: Any, lora: LoRA | None = None, trust_remote_code: bool = 
         keys=(fields.get("num_key_value_heads") or heads) * head_size,
         vocabulary=fields["vocab_size"],
         heads=heads,
-        windows=_windows(fields, len(layers)),
+        windows=(slides.length,) * slides.layers if slides else (),
     )
 
 
@@ -83,10 +84,3 @@ def _mlp_width(fields: dict[str, Any]) -> int:
         width = (experts + shared) * (fields.get("moe_intermediate_size") or width)
         width += fields.get("shared_expert_intermediate_size") or 0
     return int(width)
-
-
-def _windows(fields: dict[str, Any], layers: int) -> tuple[int, ...]:
-    window, kinds = fields.get("sliding_window"), fields.get("layer_types")
-    if not window or fields.get("use_sliding_window") is False:
-        return ()
-    return (window,) * (layers if kinds is None else kinds.count("sliding_attention"))

@@ -36,16 +36,25 @@ def sliding_window(config: Any) -> SlidingWindow | None:
     Args:
         config: A Hugging Face config object, or the dict of a ``config.json``.
     """
-    fields = config_fields(config)
-    length, layers = fields.get("sliding_window"), int(fields.get("num_hidden_layers") or 0)
-    if not length or fields.get("use_sliding_window") is False:
+    names = ("sliding_window", "num_hidden_layers", "use_sliding_window", "layer_types", "rope_parameters")
+    length, layers, switch, types, parameters = _read(config, names)
+    if not length or switch is False:
         return None
-    types = fields.get("layer_types")
+    layers = int(layers or 0)
     count = types.count(_SLIDING) if types else layers
     if not count:
         return None
-    nested = isinstance((fields.get("rope_parameters") or {}).get(_SLIDING), Mapping)
+    nested = isinstance((parameters or {}).get(_SLIDING), Mapping)
     return SlidingWindow(int(length), count, layers, nested)
+
+
+def _read(config: Any, names: tuple[str, ...]) -> list[Any]:
+    """Fields of the language model; of a config object without a copy of all, since every forward pass asks."""
+    if isinstance(config, Mapping):
+        fields = config_fields(config)
+        return [fields.get(name) for name in names]
+    config = config.get_text_config()
+    return [getattr(config, name, None) for name in names]
 
 
 def slides_everywhere(config: Any) -> bool:

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_longrope import isolation
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.isolation import Stretches, shortest_window
+from lightning_longrope.isolation import Stretches
 from lightning_longrope.loading import load_model
 from lightning_longrope.model import candidate_rows, hidden_states, install_factors, original_rope, output_head
+from lightning_longrope.sliding import sliding_window
 
 SIZES = (3, 9, 1, 11, 24)  # two rows of 24 tokens
 ROWS, LENGTH = 2, 24
@@ -113,7 +114,7 @@ def test_plain_long_rows_make_no_dense_mask_either(name):
     assert ours.elements <= 2 * length * 192  # the widest layer
     with LargestTensor() as plain:
         expected = twin.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    assert (plain.elements >= length * length) == (shortest_window(model.config) is not None)
+    assert (plain.elements >= length * length) == (sliding_window(model.config) is not None)
     expected.square().sum().backward()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):

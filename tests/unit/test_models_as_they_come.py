@@ -8,9 +8,11 @@ from helpers import FAMILY
 from transformers import AutoModelForCausalLM
 
 from lightning_longrope import LongRoPEModule, RescaleFactors, install_factors, load_model
+from lightning_longrope.isolation import plain_rows
 from lightning_longrope.model import window
 from lightning_longrope.search import Candidate
 from lightning_longrope.search_task import search_task
+from lightning_longrope.sizes import model_size
 from lightning_longrope.sliding import lift_sliding_window, sliding_window
 from lightning_longrope.tables import tables_in_force
 
@@ -43,6 +45,31 @@ LONGROPE = {
 def _model(family="llama", **changes):
     torch.manual_seed(0)
     return load_model(config={"model_type": family, **COMMON, **changes}).eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "windows"),
+    [
+        ("llama", {}, ()),
+        ("mistral", {"sliding_window": None}, ()),
+        ("mistral", {"sliding_window": 8}, (8, 8)),
+        ("mistral", {"sliding_window": 8, "layer_types": []}, (8, 8)),
+        ("qwen2", {"sliding_window": 8}, ()),  # switched off
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, (8,)),
+        ("gemma3_text", {"sliding_window": 8, "head_dim": 16, "layer_types": ["full_attention"] * 2}, ()),
+        ("gemma3_text", {"sliding_window": 8, "head_dim": 16, "layer_types": ["sliding_attention"] * 2}, (8, 8)),
+    ],
+)
+def test_what_slides_is_the_same_for_all_who_ask(family, changes, windows):
+    model = _model(family, **{name: value for name, value in changes.items() if value != []})
+    if changes.get("layer_types") == []:  # which Mistral's own code does not read
+        model.config.layer_types = []
+    for config in (model.config, model.config.to_dict()):
+        found = sliding_window(config)
+        assert ((found.length,) * found.layers if found else ()) == windows
+    assert model_size(model.config).windows == windows
+    assert (plain_rows(model, torch.ones(1, 9, dtype=torch.long)) is not None) == bool(windows)
+    assert plain_rows(model, torch.ones(1, 8, dtype=torch.long)) is None
 
 
 @torch.no_grad()
