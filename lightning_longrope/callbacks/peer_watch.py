@@ -1,6 +1,7 @@
 """Notices that a process of the run is lost, and says which."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from lightning_longrope import peers
@@ -31,6 +32,11 @@ class PeerWatch(Callback):
         if trainer.world_size > 1 and environment is not None:
             collectives = getattr(trainer.strategy, "_timeout", None)
             peers.connect(environment, min(self.timeout, collectives.total_seconds() if collectives else self.timeout))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # ends its workers without their atexit
+            peers.leave()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

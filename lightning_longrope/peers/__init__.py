@@ -43,6 +43,7 @@ __all__ = [
     "decide",
     "explain",
     "launched",
+    "leave",
     "wait",
 ]
 
@@ -79,7 +80,7 @@ def connect(environment: ClusterEnvironment, timeout: float = TIMEOUT) -> Peers:
         ranks = environment.global_rank(), environment.node_rank(), environment.local_rank()
         me, address = Peer(*ranks, socket.gethostname()), environment.main_address
         _current = Peers(me, environment.world_size(), address, environment.main_port, timeout)
-        atexit.register(_leave)
+        atexit.register(_at_exit)
         _current.await_all()
     _current.timeout = timeout
     return _current
@@ -107,12 +108,16 @@ def explain(error: BaseException) -> bool:
     return True
 
 
-def _leave() -> None:
-    if _current is None:
-        return
+def leave() -> None:
+    """Says goodbye to the others: that this process ends from now on is no loss. Python's own end does it too."""
+    if _current is not None:
+        _current.close()
+
+
+def _at_exit() -> None:
     uncaught = getattr(sys, "last_value", None)  # what has ended a script
     if uncaught is None:
-        _current.close()
+        leave()
     else:
         explain(uncaught)
 

@@ -10,9 +10,12 @@ import time
 
 import pytest
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
-from processes import start_ranks
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from processes import free_port, start_ranks
 
 from lightning_longrope import peers
+from lightning_longrope.callbacks import PeerWatch
 
 pytestmark = pytest.mark.distributed
 LONG, SHORT = 40.0, 4.0  # timeouts in seconds
@@ -180,3 +183,29 @@ def test_a_process_that_does_not_come_is_missed(tmp_path, monkeypatch):
     assert codes[:2] == [1, 1]
     assert "waited for rank 2, which did not come within 4 s" in logs[0]
     assert codes[1] == 1
+
+
+class SlowToEnd(BoringModel):
+    """Rank 0 has much to do after the last step."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def teardown(self, stage):
+        if self.trainer.global_rank == 0:
+            time.sleep(SHORT)
+        (self.folder / f"rank{self.trainer.global_rank}").touch()
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's, of a small model
+def test_workers_that_a_launcher_has_forked_say_goodbye(tmp_path, monkeypatch):
+    for name, value in (("GLOO_SOCKET_IFNAME", "lo"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
+        monkeypatch.setenv(name, value)
+    trainer = Trainer(
+        strategy="ddp_fork", accelerator="cpu", devices=2, max_steps=1, limit_train_batches=1, limit_val_batches=0,
+        callbacks=[PeerWatch(SHORT)], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(SlowToEnd(tmp_path))  # rank 0 is killed a second after rank 1 has gone without a word
+    assert sorted(path.name for path in tmp_path.glob("rank*")) == ["rank0", "rank1"]
