@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from lightning_longrope.cli import LongRoPECLI
@@ -31,6 +33,7 @@ from lightning_longrope.estimate import (
 )
 from lightning_longrope.levers import Levers, keys
 from lightning_longrope.lora import LoRA
+from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.recipes import Stage, from_model, read_recipe
 from lightning_longrope.run_settings import levers_of, optimizer_bytes, precision_of
 from lightning_longrope.search import EvolutionSearch
@@ -131,7 +134,7 @@ def _parsed(command: str, words: list[str]) -> dict[str, Any]:
 
 def _size(config: dict[str, Any], earlier: Sequence[Stage]) -> ModelSize:
     """The model of a stage, which an earlier one may be about to make."""
-    model = config["model"]["init_args"]
+    model = _arguments(config)
     source = {name: model.get(name) for name in ("name_or_path", "config")}
     while makers := [stage for stage in earlier if str(source["name_or_path"]).startswith(f"{stage.folder}/")]:
         arguments = makers[0].config.get("model", {}).get("init_args", {})
@@ -143,6 +146,13 @@ def _size(config: dict[str, Any], earlier: Sequence[Stage]) -> ModelSize:
     return _counted(yaml.safe_dump(source), adapters, trusted)
 
 
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the model; what a subclass does not have is as in ``LongRoPEModule``, where that is plain."""
+    known = {name: parameter.default for name, parameter in signature(LongRoPEModule).parameters.items()}
+    plain = {name: default for name, default in known.items() if default is None or isinstance(default, str | bool)}
+    return {"optimizer": None, **plain, **config["model"].get("init_args", {})}
+
+
 @cache
 def _counted(source: str, lora: LoRA | None, trust_remote_code: bool) -> ModelSize:
     config = read_config(**yaml.safe_load(source), trust_remote_code=trust_remote_code)
@@ -151,16 +161,18 @@ def _counted(source: str, lora: LoRA | None, trust_remote_code: bool) -> ModelSi
 
 def _cases(config: dict[str, Any], size: ModelSize, gpus: int | None, nodes: int | None) -> Iterator[Case]:
     """What a stage does with its model."""
-    trainer, model = config["trainer"], config["model"]["init_args"]
+    trainer, model = config["trainer"], _arguments(config)
     data = (config.get("data") or {}).get("init_args", {})
-    gpus = gpus or (trainer["devices"] if isinstance(trainer["devices"], int) and trainer["devices"] > 0 else 1)
+    gpus = gpus or _devices(trainer["devices"])
     levers = levers_of(trainer["strategy"], model, gpus * (nodes or trainer["num_nodes"]), size.heads)
     precision, weight, gradient, copy = precision_of(
         levers.strategy, trainer["precision"], model["dtype"], model["lora"]
     )
     states = gradient + copy + optimizer_bytes(model["optimizer"], 4 if copy else gradient)
     run = Run(data.get("seq_len", 0), 1, levers, True, precision, weight, states, gradient)
-    callbacks = [(entry["class_path"].rsplit(".", 1)[-1], entry["init_args"]) for entry in trainer["callbacks"] or []]
+    entries = trainer["callbacks"] or []
+    entries = entries if isinstance(entries, list) else [entries]
+    callbacks = [(entry["class_path"].rsplit(".", 1)[-1], entry.get("init_args", {})) for entry in entries]
     for kind, arguments in callbacks:
         if kind == "FactorSearch":
             yield _search(size, run, arguments)
@@ -170,6 +182,24 @@ def _cases(config: dict[str, Any], size: ModelSize, gpus: int | None, nodes: int
         lengths = [length for _, arguments in callbacks for length in arguments.get("lengths") or ()]
         if lengths:
             yield Case("evaluation", replace(run, seq_len=max(lengths), training=False))
+
+
+def _devices(devices: list[int] | str | int) -> int:
+    """GPUs of a node that ``trainer.devices`` stands for, 1 for ``auto``.
+
+    Raises:
+        ValueError: If it means all GPUs, and there are none here to count.
+    """
+    if devices == "auto":
+        return 1
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(index) for index in devices.split(",") if index.strip()]
+    if isinstance(devices, list):
+        return len(devices)
+    count = torch.cuda.device_count() if int(devices) == -1 else int(devices)
+    if count < 1:
+        raise ValueError(f"`trainer.devices: {devices}` does not say how many GPUs a node has: give --gpus.")
+    return count
 
 
 def _search(size: ModelSize, run: Run, arguments: dict[str, Any]) -> Case:

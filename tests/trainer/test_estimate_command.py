@@ -6,7 +6,9 @@ import pytest
 import torch
 import yaml
 from helpers import LLAMA
+from lightning.pytorch import Callback
 
+from lightning_longrope import LongRoPEModule
 from lightning_longrope.__main__ import main
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.levers import Levers, advice, keys, unused_levers
@@ -60,6 +62,58 @@ def test_a_configuration(tmp_path, capsys):
     assert f"400 steps of 16 rows of 131,072 tokens: {flops:.2g} FLOPs" in lines[training + 3]
     found = flops / (16 * 989e12 * 0.4) / 3600
     assert f"{found:.1f} h for 400 steps" in lines[training + 3]
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [([0, 1, 2, 3], 4), ("0,1,2,3", 4), ("3,", 1), ("4", 4), (2, 2), ("auto", 1), (-1, 3)]
+)
+def test_devices_of_the_configuration_are_counted(tmp_path, capsys, monkeypatch, devices, count):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    path = Path(configuration(tmp_path))
+    content = yaml.safe_load(path.read_text())
+    content["trainer"]["devices"] = devices
+    path.write_text(yaml.safe_dump(content))
+    assert main(["estimate", "-c", str(path)]) == 0
+    assert f" {count} GPUs at 40%" in capsys.readouterr().out
+
+
+def test_all_devices_where_there_are_none_ask_for_a_number(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    words = ["estimate", "-c", configuration(tmp_path), "--trainer.devices", "-1"]
+    assert main(words) == 2
+    assert "`trainer.devices: -1` does not say how many GPUs a node has: give --gpus" in capsys.readouterr().err
+    assert main([*words, "--gpus", "2"]) == 0
+
+
+class Plain(Callback):
+    """A callback without arguments."""
+
+
+class OwnArguments(LongRoPEModule):
+    """A module without the arguments of its base."""
+
+    def __init__(self, name_or_path: str):
+        super().__init__(name_or_path)
+
+
+def test_classes_without_the_usual_arguments(tmp_path, capsys):
+    torch.save({"longrope": {"config": LLAMA, "factors": None}, "state_dict": {}}, tmp_path / "mine.ckpt")
+    content = {
+        "trainer": {"max_steps": 4, "callbacks": [{"class_path": f"{__name__}.Plain"}]},
+        "model": {"init_args": {"name_or_path": str(tmp_path / "mine.ckpt")}},
+        "data": {
+            "class_path": "lightning_longrope.datamodules.SampleTextDataModule",
+            "init_args": {"seq_len": 64, "batch_size": 1},
+        },
+    }
+    output = []
+    for module in ("lightning_longrope.LongRoPEModule", f"{__name__}.OwnArguments"):
+        content["model"]["class_path"] = module
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+        assert main(["estimate", "-c", str(tmp_path / "config.yaml")]) == 0
+        output.append(capsys.readouterr().out)
+    assert "4 steps of 1 rows of 64 tokens" in output[0]
+    assert output[0] == output[1]
 
 
 def test_savings_of_the_configuration_count(tmp_path, capsys):
