@@ -74,14 +74,14 @@ def command_pages() -> dict[str, str]:
 
 def _parser(command: str) -> Any:
     """The parser that writes a command's help."""
-    from lightning_longrope.commands import COMMANDS
+    from lightning_longrope.commands import command_of
 
     def stop(parser: ArgumentParser, file: Any = None) -> None:
         raise _AskedError(parser)
 
     with mock.patch.object(ArgumentParser, "print_help", stop):
         try:
-            COMMANDS[command](command, ["--help"])
+            command_of(command)(command, ["--help"])
         except _AskedError as asked:
             return asked.args[0]
     raise AssertionError(f"longrope {command} --help shows no help")

@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 from packaging.version import Version
-from torch.nn.attention import varlen
 
 from lightning_longrope.attention import choose_attention
 from lightning_longrope.checkpoints import choose_accelerator
@@ -23,6 +22,8 @@ PACKAGES = (
     "torch", "lightning", "transformers", "deepspeed", "accelerate", "flash-attn", "peft", "lm-eval", "wandb",
     "datasets", "jsonargparse", "numpy",
 )  # fmt: skip
+OLDEST = {"torch": "2.11", "transformers": "5.17"}
+"""The oldest versions that work, those of ``pyproject.toml``."""
 GIB = 2**30
 STALE = 600
 """Seconds after which a lock of a compilation is taken for a forgotten one."""
@@ -104,8 +105,7 @@ def check_imports() -> Iterator[Finding]:
 
 def check_torch() -> Iterator[Finding]:
     """Old versions, and a torch without CUDA beside a GPU."""
-    if Version(torch.__version__) < Version("2.9"):
-        yield Finding("broken", f"torch {torch.__version__} is too old", 'pip install "torch>=2.9"')
+    yield from _too_old("torch", torch.__version__)
     if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
         remedy = "pip install torch from an index with CUDA builds"
         yield Finding("broken", "there is an NVIDIA driver, but this torch is built for processors alone", remedy)
@@ -117,11 +117,19 @@ def check_torch() -> Iterator[Finding]:
 
 def check_transformers() -> Iterator[Finding]:
     """Versions whose own code is wrong for extended models."""
-    if Version(transformers := version("transformers")) < Version("5.23"):
+    transformers = version("transformers")
+    yield from _too_old("transformers", transformers)
+    if Version(transformers) < Version("5.23"):
         text = (
             f"transformers {transformers} cannot load an exported Gemma 3 (longrope on one of its two kinds of layers)"
         )
         yield Finding("trap", text, 'pip install "transformers>=5.23" where Gemma 3 is exported')
+
+
+def _too_old(package: str, found: str) -> Iterator[Finding]:
+    oldest = OLDEST[package]
+    if Version(found).release < Version(oldest).release:  # builds of vendors are pre-releases
+        yield Finding("broken", f"{package} {found} is too old", f'pip install "{package}>={oldest}"')
 
 
 def check_deepspeed() -> Iterator[Finding]:
@@ -173,13 +181,21 @@ def check_cuda() -> Iterator[Finding]:
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         yield Finding("trap", "the GPU has no bf16", "`trainer.precision: 16-mixed`")
-    if not {"window_size", "enable_gqa"} <= set(inspect.signature(varlen.varlen_attn).parameters):
+    if not _varlen_has_windows():
         text = f"torch {torch.__version__} attends to isolated documents and sliding windows one after another"
         yield Finding("trap", text, "a newer torch, whose variable-length attention has windows, or flash-attn")
     settings = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if "expandable_segments:True" not in settings:
         text = "the CUDA allocator keeps fragments, which costs long rows some GiB"
         yield Finding("trap", text, "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+
+
+def _varlen_has_windows() -> bool:
+    try:
+        from torch.nn.attention import varlen  # which a torch that is too old has not
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= set(inspect.signature(varlen.varlen_attn).parameters)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

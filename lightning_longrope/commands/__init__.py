@@ -4,32 +4,32 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from importlib import import_module
 
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_longrope import peers
-from lightning_longrope.cli import LongRoPECLI
-from lightning_longrope.commands import (
-    data,
-    doctor,
-    estimate,
-    evaluation,
-    export,
-    generate,
-    recipe,
-    report,
-    tokenize,
-    train,
-)
 from lightning_longrope.out_of_memory import is_out_of_memory
 
 log = logging.getLogger("lightning_longrope")
 
-COMMANDS = {"run": recipe.run, "estimate": estimate.estimate} | dict.fromkeys(LongRoPECLI.subcommands(), train.trainer)
-COMMANDS |= {"data": data.data, "eval": evaluation.evaluate, "export": export.export, "report": report.report}
-COMMANDS |= {"generate": generate.generate, "tokenize": tokenize.tokenize, "doctor": doctor.doctor}
-"""What each word runs: a function of the word and of those after it."""
+COMMANDS = {"run": "recipe.run", "estimate": "estimate.estimate"}
+COMMANDS |= dict.fromkeys(("fit", "validate", "test", "search", "compare"), "train.trainer")
+COMMANDS |= {"eval": "evaluation.evaluate", "data": "data.data", "export": "export.export", "report": "report.report"}
+COMMANDS |= {"generate": "generate.generate", "tokenize": "tokenize.tokenize", "doctor": "doctor.doctor"}
+"""Module and function of each word."""
+
+
+def command_of(word: str) -> Callable[[str, list[str]], None]:
+    """What a word runs, a function of the word and of those after it.
+
+    Imports its module alone: ``longrope doctor`` has to run where an old torch or transformers lets no other do so.
+    """
+    module, name = COMMANDS[word].split(".")
+    function: Callable[[str, list[str]], None] = getattr(import_module(f"lightning_longrope.commands.{module}"), name)
+    return function
 
 
 def run_command(command: str, arguments: list[str]) -> int:
@@ -43,7 +43,7 @@ def run_command(command: str, arguments: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}.")
-        COMMANDS[command](command, arguments)
+        command_of(command)(command, arguments)
     except Exception as error:
         lost = peers.explain(error)
         mistake = isinstance(error, ValueError | OSError | MisconfigurationException)

@@ -3,9 +3,12 @@
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import time
+import tomllib
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,9 +69,11 @@ def test_versions_and_builds(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not texts(doctor.check_torch) or torch.version.cuda
     monkeypatch.setattr(torch, "__version__", "2.8.0")
-    assert texts(doctor.check_torch)[0].startswith("broken: torch 2.8.0 is too old")
+    assert texts(doctor.check_torch)[0] == 'broken: torch 2.8.0 is too old -> pip install "torch>=2.11"'
     monkeypatch.setattr(doctor, "version", lambda package: "5.17.0")
     assert "Gemma 3" in texts(doctor.check_transformers)[0]
+    monkeypatch.setattr(doctor, "version", lambda package: "5.16.2")
+    assert texts(doctor.check_transformers)[0].startswith("broken: transformers 5.16.2 is too old")
     assert "no C++ compiler" in texts(doctor.check_compiler)[0]
     monkeypatch.setattr(torch, "version", SimpleNamespace(cuda=None, hip=None))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -98,3 +103,21 @@ def test_a_sound_machine_shows_what_it_has(monkeypatch, capsys):
     assert sum(line.startswith("  CUDA, weights in") for line in lines) == 2
     assert any(" processor cores, " in line for line in lines)
     assert any(line.startswith("  g++ ") for line in lines)
+
+
+def test_the_oldest_versions_are_those_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    required = dict(line.split(">=") for line in project["dependencies"])
+    assert {name: required[name] for name in ("torch", "transformers")} == doctor.OLDEST
+
+
+def test_an_old_torch_is_told_of_although_the_package_does_not_run_with_it():
+    code = (
+        "import sys, torch; torch.__version__ = '2.9.1'; sys.modules['torch.nn.attention.varlen'] = None;"
+        "from lightning_longrope import doctor; from lightning_longrope.__main__ import main;"
+        "doctor.CHECKS = (doctor.check_torch,); assert main(['doctor']) == 2;"
+        "assert not doctor._varlen_has_windows()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 'BROKEN torch 2.9.1 is too old -> pip install "torch>=2.11"' in done.stdout
