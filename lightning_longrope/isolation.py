@@ -191,7 +191,8 @@ def in_computing_type(*parts: Tensor) -> tuple[Tensor, ...]:
     Rotary embeddings leave queries and keys in float32 beside half-precision values.
     """
     device = parts[0].device.type
-    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    known = device != "meta"  # tensors without data, after memory did not suffice
+    kind = torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
     return parts if kind is None else tuple(part.to(kind) for part in parts)
 
 
