@@ -17,6 +17,7 @@ from packaging.version import Version
 
 from lightning_longrope.attention import choose_attention
 from lightning_longrope.checkpoints import choose_accelerator
+from lightning_longrope.layers import has_compiler
 
 PACKAGES = (
     "torch", "lightning", "transformers", "deepspeed", "accelerate", "flash-attn", "peft", "lm-eval", "wandb",
@@ -146,7 +147,7 @@ def check_deepspeed() -> Iterator[Finding]:
 
 def check_compiler() -> Iterator[Finding]:
     """No compiler for ``compile_layers``."""
-    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+    if not has_compiler():
         yield Finding("trap", "no C++ compiler: `compile_layers` has no effect", "install g++ (apt-get install g++)")
 
 

@@ -27,12 +27,17 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler for ``compile_decoder_layers``."""
+    return any(map(shutil.which, ("g++", "clang++", "cl")))
+
+
 def compile_decoder_layers(model: Any) -> None:
     """Compiles each layer in place; says so and leaves the model as it is where there is no C++ compiler.
 
     Layers and not the whole model: a compiled model builds dense attention masks.
     """
-    if not any(map(shutil.which, ("g++", "clang++", "cl"))):
+    if not has_compiler():
         log.info("No C++ compiler (g++, clang++) found: training goes on without torch.compile.")
         return
     for layer in decoder_layers(model):

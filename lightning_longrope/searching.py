@@ -166,7 +166,8 @@ def search_factors(
             lacks its tokenizer, ``folder`` holds another search, a held-out document is one of the search's, or
             memory suffices for no candidate, or ``schedule`` does not grow towards all documents.
     """
-    between = recovery and installed_factors(model) is not None
+    installed = installed_factors(model)
+    between = recovery and installed is not None and not installed.is_identity
     algorithm = algorithm or (RecoverySearch() if between else RampSearch())
     task = search_task(
         model,

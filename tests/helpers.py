@@ -6,29 +6,36 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
+SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    **SIZES,
     "max_position_embeddings": 32,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
 }
 
 FAMILY: dict[str, Any] = {  # fields that most families have; weights so large that a wrong angle shows
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SIZES,
     "initializer_range": 0.25,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {  # what each has besides
+    "llama": {},
+    "mistral": {"sliding_window": 20},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "phi3": {"partial_rotary_factor": 0.5},
 }
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from helpers import FAMILIES as COMMON_FAMILIES
 from helpers import FAMILY, tiny_llama
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
@@ -20,11 +21,7 @@ from lightning_longrope.model import installed_tables, rope_geometry
 L = 16
 COMMON = {**FAMILY, "max_position_embeddings": L}
 FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": 20},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "phi3": {"partial_rotary_factor": 0.5},
+    **COMMON_FAMILIES,
     "gpt_neox": {"num_key_value_heads": None},
     "gemma3_text": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 20},
     "cohere": {},  # pairs side by side

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import FAMILIES as COMMON_FAMILIES
 from helpers import FAMILY
 from transformers import DynamicCache, StaticCache
 
@@ -14,11 +15,7 @@ from lightning_longrope.model import rope_geometry, table_for
 L = 16
 COMMON = {**FAMILY, "max_position_embeddings": L}
 FAMILIES = {
-    "llama": {},
-    "mistral": {"sliding_window": 20},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "phi3": {"partial_rotary_factor": 0.5},
+    **COMMON_FAMILIES,
     "gemma3_text": {
         "head_dim": 16,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],

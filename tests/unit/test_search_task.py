@@ -94,6 +94,17 @@ def test_a_recovery_goes_from_no_factors_to_those_installed():
     assert {row["attention_factor"] for row in plain.history[2:]} == {FIRST.attention_factor}
 
 
+def test_a_recovery_of_a_model_that_was_not_extended_has_nothing_to_go_towards():
+    model = tiny_llama()
+    install_factors(model, RescaleFactors((1.0,) * 8, 32, 32))
+    found, ramps = (
+        search_factors(model, texts(2, 32), 32, max_evaluations=3, recovery=True, algorithm=algorithm)
+        for algorithm in (None, RampSearch())
+    )
+    assert len(found.history) > 3
+    assert [row["values"] for row in found.history] == [row["values"] for row in ramps.history]
+
+
 def test_a_recovery_finds_the_shares_that_were_hidden():
     space = SearchSpace(
         rotary_size=64, base=1e4, original_length=128, target_length=128, max_factor=8.0, pinned=4,
