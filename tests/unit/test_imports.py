@@ -15,9 +15,9 @@ PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
     | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory", "memory"}
-    | {"attention", "checkpoints", "doctor", "estimate", "levers", "lora", "run_settings", "sliding"},
+    | {"attention", "checkpoints", "estimate", "levers", "lora", "run_settings", "sliding"},
     {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
-    | {"generating", "reporting", "isolation", "layers", "sequence_parallel", "sizes"},
+    | {"doctor", "generating", "reporting", "isolation", "layers", "sequence_parallel", "sizes"},
     {"advising", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
     {"export", "recipes"},
     {"cli"},
