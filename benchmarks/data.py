@@ -1,8 +1,6 @@
 """Times tokenising and reading against Hugging Face ``datasets``, and weighs the memory of tokenising.
 
-    python benchmarks/data.py            writes benchmarks/results/data.json
-    python benchmarks/data.py --quick    less text, minutes
-    python benchmarks/data.py --check    exit status 1 where a goal is missed
+    python benchmarks/data.py [--quick] [--check]
 
 - Reading: random rows of 131,072 tokens as int64, from the flat file of a token store and from an Arrow data set of the
   same tokens in rows of that length, in numpy format, by turns in one process. For information also the rows that the
@@ -13,13 +11,12 @@
 - Memory: peak resident memory of the process that reads and writes, for corpora of three sizes and for a single
   document of as much text as the whole corpus. Workers hold a few pieces of 512 Ki characters, whatever the corpus.
 
-``ratio`` says how many times better ours is, and must reach ``goal``.
+``ratio`` says how many times better ours is.
 """
 
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -27,11 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "data.json"
+from _results import Row, finish, higher_is_better, lower_is_better, parser
+
 ROW = 131_072  # tokens
 VOCABULARY = 16_384
 SIZES = {"quick": (4, 12, 36), "full": (16, 48, 144)}  # megabytes of text
@@ -169,13 +166,7 @@ def processor_seconds() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def row(name: str, ours: float, peer: float, unit: str, goal: float | None, less: bool = False) -> dict[str, Any]:
-    """One comparison; ``less`` where a smaller value is better."""
-    ratio = peer / ours if less else ours / peer
-    return {"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "goal": goal}
-
-
-def tokenising_rows(folder: Path, text: str, repeats: int) -> list[dict[str, Any]]:
+def tokenising_rows(folder: Path, text: str, repeats: int) -> list[Row]:
     """Ours and ``datasets.map`` by turns; the best of each."""
     rows = []
     for workers in (1, 2):
@@ -186,18 +177,18 @@ def tokenising_rows(folder: Path, text: str, repeats: int) -> list[dict[str, Any
         for clock in ("processor", "wall"):
             rates = [max(found["tokens"] / found[clock] for found in side) for side in zip(*turns, strict=True)]
             name = f"tokenising, {workers} process{'es' * (workers > 1)}: tokens per second of {clock} time"
-            rows.append(row(name, *rates, "tokens/s", 1.0 if clock == "processor" else None))
+            rows.append(higher_is_better(name, *rates, "tokens/s", ">= 1" if clock == "processor" else None))
     return rows
 
 
-def memory_rows(folder: Path, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+def memory_rows(folder: Path, sizes: tuple[int, ...]) -> list[Row]:
     """Peak memory over the size of the corpus, and that of one document."""
     rows = []
     for workers in (0, 2):
         found = {size: measured("ours", folder, f"{size}.jsonl", workers) for size in sizes}
         for size in sizes[1:]:
             what = f"peak memory, {workers} workers: {size} MB of text (ours) against {sizes[0]} MB (peer)"
-            rows.append(row(what, found[size]["peak"], found[sizes[0]]["peak"], "MiB", 0.9, less=True))
+            rows.append(lower_is_better(what, found[size]["peak"], found[sizes[0]]["peak"], "MiB", ">= 0.9"))
     small = found[sizes[0]]["peak"]
     with (folder / "one.jsonl").open("w") as file:
         text = "".join(json.loads(line)["text"] for line in (folder / f"{sizes[-1]}.jsonl").open())
@@ -208,17 +199,15 @@ def memory_rows(folder: Path, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
         peak = measured("ours", folder, "one.jsonl", 2)["peak"] - small
         size = len(text) / (1 << 20)
         name = f"one document of {size:.0f} MiB, {kind}: peak above a small corpus (ours), 10x the document (peer)"
-        rows.append(row(name, peak, 10 * size, "MiB", 1.0, less=True))
+        rows.append(lower_is_better(name, peak, 10 * size, "MiB", ">= 1"))
     return rows
 
 
 def main() -> int:
     """Runs everything and writes the results; 1 if a goal is missed and ``--check`` asks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    given = options.parse_args()
     if given.part:
         run_part(given.part[0], Path(given.part[1]), given.part[2:])
         return 0
@@ -231,26 +220,12 @@ def main() -> int:
         to_arrow(folder, f"{sizes[1]}.jsonl")
         read = measured("read", folder, TOKENS[kind])
         name = f"reading random rows of {ROW} tokens"
-        rows = [row(name, read["ours"], read["peer"], "tokens/s", 3.0)]
-        rows += [row(f"{name}, joined from 7 documents, with labels", read["packed"], read["peer"], "tokens/s", None)]
+        joined = f"{name}, joined from 7 documents, with labels"
+        rows = [higher_is_better(name, read["ours"], read["peer"], "tokens/s", ">= 3")]
+        rows += [higher_is_better(joined, read["packed"], read["peer"], "tokens/s")]
         rows += tokenising_rows(folder, f"{sizes[1]}.jsonl", repeats=2 if given.quick else 3)
         rows += memory_rows(folder, sizes)
-    versions = {name: version(name) for name in ("datasets", "tokenizers", "transformers", "numpy", "pyarrow")}
-    report = {
-        "command": f"python benchmarks/data.py{' --quick' * given.quick}",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **versions},
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
-    for entry in rows:
-        values = f"{entry['ours']:,.0f} {entry['unit']}, peer {entry['peer']:,.0f}, ratio {entry['ratio']:.2f}"
-        sys.stdout.write(f"{entry['name']}: {values} (goal {entry['goal']})\n")
-    missed = [entry["name"] for entry in rows if entry["goal"] is not None and entry["ratio"] < entry["goal"]]
-    for name in missed:
-        sys.stdout.write(f"goal missed: {name}\n")
-    return int(given.check and bool(missed))
+    return finish("data", rows, given, ("datasets", "tokenizers", "transformers", "numpy", "pyarrow"))
 
 
 if __name__ == "__main__":

@@ -7,16 +7,12 @@ forward passes of one document. What is finished is kept in the cache folder, so
     python benchmarks/search.py [--quick] [--check] [--bases sources-3 headers-1 ...] [--searches default paper ...]
 """
 
-import argparse
 import json
-import platform
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ import numpy as np
 import torch
 from _bases import CACHE, TARGET, Base, trained_base
 from _released import ReleasedSearch
+from _results import RESULTS, Row, finish, parser
 
 from lightning_longrope import RescaleFactors, install_factors, search_factors
 from lightning_longrope.files import write_json
@@ -34,7 +31,6 @@ from lightning_longrope.scoring import greedy_matches, token_nll
 from lightning_longrope.search import EvolutionSearch, LongRoPE2Search, RampSearch, SearchAlgorithm, SmoothSearch
 from lightning_longrope.search.space import PAPER_START_TOKENS
 
-RESULTS = Path(__file__).parent / "results"
 BASES = ("sources-3", "sources-4", "sources-5", "headers-1", "headers-2", "headers-3")
 LAST = TARGET // 8
 
@@ -165,8 +161,8 @@ def yarn(base: Base, folder: Path) -> dict[str, Any]:
     return dict(json.loads(done.read_text()))
 
 
-def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
-    """What is held to goals, as medians over bases and as the worst of them."""
+def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[Row]:
+    """What is held to goals: a ratio is the median, least or largest of the bases' own, the figures are medians."""
     bases = [run for run in runs.values() if {"default", "paper"} <= run.keys()]
     if not bases:
         return []
@@ -177,15 +173,12 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
     gain = [run["default"]["passkey"] - run["yarn"]["passkey"] for run in bases]
     middle = statistics.median
 
-    def row(name: str, ours: float, peer: float, unit: str, value: float, goal: str) -> dict[str, Any]:
-        return {"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": round(value, 4), "goal": goal}
-
     def median(name: str, key: str) -> float:
         return middle(run[name][key] for run in bases)
 
     least = "<= 1.03" if quick else "<= 1.01"
     rows = [
-        row(
+        Row(
             "held-out perplexity over that of the paper's search, median",
             median("default", "perplexity"),
             median("paper", "perplexity"),
@@ -193,7 +186,7 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
             middle(ratio),
             least,
         ),
-        row(
+        Row(
             "document-forwards of the paper's search over ours, least",
             max(run["default"]["forwards"] for run in bases),
             min(run["paper"]["forwards"] for run in bases),
@@ -201,7 +194,7 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
             min(cost),
             ">= 2" if quick else ">= 12",
         ),
-        row(
+        Row(
             "perplexity over YaRN's, largest",
             median("default", "perplexity"),
             median("yarn", "perplexity"),
@@ -209,7 +202,7 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
             max(over_yarn),
             "<= 1",
         ),
-        row(
+        Row(
             "perplexity of the last eighth over YaRN's, median",
             median("default", "end"),
             median("yarn", "end"),
@@ -217,7 +210,7 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
             middle(end),
             "<= 1.05" if quick else "<= 1",
         ),
-        row(
+        Row(
             "passkey minus YaRN's, median",
             median("default", "passkey"),
             median("yarn", "passkey"),
@@ -225,7 +218,7 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
             middle(gain),
             ">= 0" if quick else ">= 0.2",
         ),
-        row(
+        Row(
             "passkey minus YaRN's, least",
             median("default", "passkey"),
             median("yarn", "passkey"),
@@ -238,16 +231,10 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]
         cost = [run["paper"]["forwards"] / run[SCHEDULED]["forwards"] for run in bases]
         ratio = [run[SCHEDULED]["perplexity"] / run["paper"]["perplexity"] for run in bases]
         ours, theirs = median(SCHEDULED, "perplexity"), median("paper", "perplexity")
-        rows.append(row(f"{SCHEDULED}: perplexity, median", ours, theirs, "perplexity", middle(ratio), "<= 1.005"))
+        rows.append(Row(f"{SCHEDULED}: perplexity, median", ours, theirs, "perplexity", middle(ratio), "<= 1.005"))
         ours, theirs = median(SCHEDULED, "forwards"), median("paper", "forwards")
-        rows.append(row(f"{SCHEDULED}: forwards, least", ours, theirs, "forwards", min(cost), ">= 20"))
+        rows.append(Row(f"{SCHEDULED}: forwards, least", ours, theirs, "forwards", min(cost), ">= 20"))
     return rows
-
-
-def meets(row: dict[str, Any]) -> bool:
-    """Whether a row reaches its goal."""
-    sign, bound = row["goal"].split()
-    return bool(row["ratio"] <= float(bound) if sign == "<=" else row["ratio"] >= float(bound))
 
 
 def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
@@ -291,15 +278,11 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     """Measures, writes ``results/search.json`` and the plot; 1 if a goal is missed under ``--check``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="one base, a tenth of the training, a short peer; only prints"
-    )
-    parser.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
-    parser.add_argument("--bases", nargs="+", default=None, help="kind-seed, such as headers-1")
-    parser.add_argument("--searches", nargs="+", default=list(MAIN), choices=list(SEARCHES))
-    parser.add_argument("--cache", type=Path, default=CACHE)
-    given = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--bases", nargs="+", default=None, help="kind-seed, such as headers-1")
+    options.add_argument("--searches", nargs="+", default=list(MAIN), choices=list(SEARCHES))
+    options.add_argument("--cache", type=Path, default=CACHE)
+    given = options.parse_args()
     if given.quick:
         SEARCHES["paper"] = Contestant(partial(EvolutionSearch, 32, 10, 16, 8, 8), "perplexity", 5, PAPER)
         given.searches = ["default", "paper"]
@@ -313,21 +296,10 @@ def main() -> int:
             sys.stderr.write(f"{name} {search}: {found['forwards']} forwards, perplexity {found['perplexity']:.3f}\n")
     runs = collect(given.cache / "search", given.quick)
     rows = rows_of(runs, given.quick)
-    record = {
-        "command": shlex.join(["python", "benchmarks/search.py", *sys.argv[1:]]),
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {package: version(package) for package in ("torch", "transformers", "lightning_longrope", "cma")},
-        "rows": rows,
-        "runs": runs,
-    }
-    if not given.quick:
-        RESULTS.mkdir(exist_ok=True)
-        write_json(RESULTS / "search.json", record)
-        plot(runs, RESULTS / "search.png")
     sys.stdout.write(table(runs) + "\n")
-    for row in rows:
-        sys.stdout.write(f"{'ok  ' if meets(row) else 'MISS'} {row['name']}: {row['ratio']} (goal {row['goal']})\n")
-    return int(given.check and not all(map(meets, rows)))
+    if not given.quick:
+        plot(runs, RESULTS / "search.png")
+    return finish("search", rows, given, ("torch", "transformers", "lightning_longrope", "cma"), {"runs": runs})
 
 
 def collect(folder: Path, quick: bool) -> dict[str, dict[str, Any]]:
