@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_longrope.isolation import fit_for_long_rows
 from lightning_longrope.metrics import Measurement
 from lightning_longrope.scoring import continuation_scores
 
@@ -257,6 +258,7 @@ def generate(model: Any, tokenizer: Any, context: Sequence[int], options: dict[s
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     settings = {"max_new_tokens": tokens, "do_sample": sampled, "pad_token_id": padding, **rest}
     settings |= {"eos_token_id": sorted(ends)} if ends else {}
+    fit_for_long_rows(model, input_ids.shape[1])
     written = model.generate(input_ids, attention_mask=mask, **settings)[0, input_ids.shape[1] :]
     text = str(tokenizer.decode(written, skip_special_tokens=True))
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]

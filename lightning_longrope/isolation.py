@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lightning_longrope.attention import probing
+from lightning_longrope.attention import Attention, any_length, in_head_groups, is_long, probing, readers_of_a_key
 from lightning_longrope.sliding import sliding_window
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,6 @@ SUFFIX = "_by_document"
 
 OVER_RANKS = "_over_ranks"
 """What it gains when ranks share the rows, in ``sequence_parallel``, whose attention isolates documents too."""
-
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
-"""Attention as transformers calls it: the module, queries, keys, values, a mask and options."""
 
 _isolating: ContextVar[bool] = ContextVar("isolating", default=False)
 
@@ -90,6 +87,20 @@ def plain_rows(model: PreTrainedModel, input_ids: Tensor) -> Stretches | None:
         _warn_of_mask(type(model).__name__)
         return None
     return Stretches(torch.arange(rows + 1, device=input_ids.device, dtype=torch.int32) * length, length)
+
+
+def fit_for_long_rows(model: PreTrainedModel, length: int) -> None:
+    """Gives a model our attention in place of sdpa before a forward of long rows, for good.
+
+    Its kernels are right for them (see ``attention``), with and without documents. Other implementations stay.
+
+    Args:
+        model: A Hugging Face causal language model.
+        length: S, tokens of the rows.
+    """
+    if is_long(length, length) and model.config._attn_implementation == "sdpa":
+        _register("sdpa")
+        model.set_attn_implementation("sdpa" + SUFFIX)
 
 
 @cache
@@ -169,20 +180,35 @@ def _register(implementation: str) -> None:
 
 def attention_by_document(implementation: str) -> Attention:
     """Attention that takes ``stretches``; without them it is that of the name, sdpa or eager."""
-    known = None if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
+    if implementation == "eager":
+        return _eager_by_document
+    known = any_length(ALL_ATTENTION_FUNCTIONS[implementation])
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, None]:
         stretches = options.pop("stretches", None)
-        fallback = _eager_of(module) if known is None else known
-        if stretches is None:
-            return fallback(module, query, key, value, mask, **options)
-        if known is not None:
+
+        def of_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with readers_of_a_key(module, query.shape[1] // key.shape[1]):
+                if stretches is None:
+                    return known(module, query, key, value, mask, **options)[0]
+                return _by_document(known, implementation, module, query, key, value, stretches, options)[0]
+
+        if stretches is not None:
             query, key, value = in_computing_type(query, key, value)
-        return _by_document(fallback, implementation, module, query, key, value, stretches, options)
+        return in_head_groups(of_heads, query, key, value), None
 
     return attention
+
+
+def _eager_by_document(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    stretches, eager = options.pop("stretches", None), _eager_of(module)
+    if stretches is None:
+        return eager(module, query, key, value, mask, **options)
+    return _by_document(eager, "eager", module, query, key, value, stretches, options)
 
 
 def in_computing_type(*parts: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from lightning_longrope.attention import probing
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
-from lightning_longrope.isolation import Stretches, isolated_documents, plain_rows
+from lightning_longrope.isolation import Stretches, fit_for_long_rows, isolated_documents, plain_rows
 from lightning_longrope.rotary import RescaledRotary
 from lightning_longrope.sequence_parallel import sequence_group, shared_rows
 from lightning_longrope.sliding import say_reach
@@ -279,6 +279,7 @@ def hidden_states(
     isolation: AbstractContextManager[dict[str, Any]] = nullcontext({})
     sharing: AbstractContextManager[dict[str, Any]] = nullcontext({})
     shared = sequence_group(model).size > 1
+    fit_for_long_rows(model, input_ids.shape[1])
     if stretches is None and position_ids is None and not shared:
         stretches = plain_rows(model, input_ids)
     if stretches is not None:

@@ -27,10 +27,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lightning_longrope.attention import probing
+from lightning_longrope.attention import Attention, probing, readers_of_a_key
 from lightning_longrope.isolation import (
     OVER_RANKS,
-    Attention,
     Stretches,
     attention_by_document,
     flash_keywords,
@@ -294,14 +293,8 @@ def _over_ranks(
     heads, key_heads = query.shape[1], math.lcm(key.shape[1], group.size)
     key, value = (part.repeat_interleave(key_heads // part.shape[1], dim=1) for part in (key, value))
     query, key, value = (_to_heads(part, group) for part in (query, key, value))
-    groups = getattr(module, "num_key_value_groups", None)
-    try:
-        if groups is not None:
-            module.num_key_value_groups = heads // key_heads
+    with readers_of_a_key(module, heads // key_heads):
         output, _ = inner(module, query, key, value, None, **options)
-    finally:
-        if groups is not None:
-            module.num_key_value_groups = groups
     return _to_tokens(output, group), None
 
 

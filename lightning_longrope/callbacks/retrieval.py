@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_longrope import scoring
 from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback, untraced
+from lightning_longrope.isolation import fit_for_long_rows
 from lightning_longrope.retrieval import Prompt, wilson_interval
 
 
@@ -157,6 +158,7 @@ def _continue(module: Any, prompt: Prompt, tokenizer: Any, more: int = 8) -> Ten
     """How greedy decoding goes on after the question, [at most answer + more] int64."""
     input_ids = prompt.tokens[None, : -prompt.answer].to(module.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    fit_for_long_rows(module.model, input_ids.shape[1])
     written = module.model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),

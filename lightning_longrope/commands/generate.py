@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from lightning_longrope.commands.parsing import Parser
+from lightning_longrope.isolation import fit_for_long_rows
 from lightning_longrope.loading import load_model, load_tokenizer
 from lightning_longrope.model import installed_tables, window
 
@@ -78,6 +79,7 @@ def answer(
         log.info("The answer ends after %d tokens, with the model's window.", room)
     torch.manual_seed(seed)
     free = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    fit_for_long_rows(reader, input_ids.shape[1])
     output = reader.generate(
         input_ids.to(device),
         attention_mask=torch.ones_like(input_ids, device=device),
