@@ -186,10 +186,10 @@ class Peers:
         if isinstance(error, LostPeerError) or _is_broken_collective(error):
             with self._changed:
                 self._changed.wait_for(lambda: self.loss, _VERDICT)
-        if self.loss is None:
+        if (loss := self.loss) is None:
             text = " ".join(f"{type(error).__name__}: {error}".split())
             self._end(f"has ended with {text[:300].rstrip('.')}")
-        return self.loss
+        return loss  # which is not what comes of telling: the hub tells all who has ended
 
     def tell(self) -> None:
         """Says who is lost, once on every node."""

@@ -166,6 +166,26 @@ def with_stranger(me, rank):
     me.close()
 
 
+def refused_1(me, rank):
+    if rank == 0:
+        return me.wait()
+    send = me._send_all
+
+    def sent_and_heard(**message):
+        send(**message)
+        time.sleep(1 if "lost" in message else 0)  # a busy machine: the answer is here before this goes on
+
+    me._send_all = sent_and_heard
+    raise ValueError("another recipe")
+
+
+def test_a_process_does_not_take_its_own_error_for_the_loss_of_another(tmp_path):
+    codes, logs, _ = run(tmp_path, refused_1, world_size=2)
+    assert codes == [1, 1], "\n".join(logs)
+    assert "ValueError: another recipe" in logs[1]
+    assert "ValueError" not in logs[0]
+
+
 def test_strangers_are_hung_up_on(tmp_path):
     codes, logs, _ = run(tmp_path, with_stranger, world_size=2)
     assert codes == [0, 0], "\n".join(logs)
