@@ -160,7 +160,11 @@ class LongRoPEModule(LightningModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        return [MemoryAdvice()]
+        from lightning_longrope.callbacks.throughput import Throughput
+
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        given = any(isinstance(callback, Throughput) for callback in callbacks)
+        return [MemoryAdvice()] if given else [MemoryAdvice(), Throughput()]
 
     @override
     def on_fit_start(self) -> None:

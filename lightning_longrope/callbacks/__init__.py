@@ -11,6 +11,7 @@ from lightning_longrope.callbacks.peer_watch import PeerWatch
 from lightning_longrope.callbacks.perplexity import PerplexityByLength
 from lightning_longrope.callbacks.prefix_perplexity import PrefixPerplexity
 from lightning_longrope.callbacks.sliding_perplexity import SlidingPerplexity
+from lightning_longrope.callbacks.throughput import Throughput
 
 __all__ = [
     "DocumentQuestion",
@@ -25,4 +26,5 @@ __all__ = [
     "PerplexityByLength",
     "PrefixPerplexity",
     "SlidingPerplexity",
+    "Throughput",
 ]

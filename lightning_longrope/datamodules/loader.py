@@ -39,7 +39,8 @@ class RowDataset(Dataset[dict[str, Any]]):
 
     Gives ``input_ids`` [S] int64 and ``labels`` [S] int64 (not shifted); if there are extra rows, ``weights`` [S]
     float32; where documents are isolated, ``bounds`` of them (see ``Row``); under policy ``mixed``, ``original_rope``,
-    whether the row wants the model's original RoPE. A plain integer is a place of epoch 0.
+    whether the row wants the model's original RoPE; and for who measures, ``stretch_lengths`` (``Row.stretches``), of
+    numpy and so on the CPU. A plain integer is a place of epoch 0.
     """
 
     def __init__(self, rows: Rows[Any], extra: ExtraRows | None = None) -> None:
@@ -53,7 +54,8 @@ class RowDataset(Dataset[dict[str, Any]]):
         epoch, place = key if isinstance(key, tuple) else (0, key)
         row, weights = self.row(epoch, max(0, place))
         labels = row.labels if place != FILLING else np.full_like(row.labels, IGNORED)
-        item = {"input_ids": torch.from_numpy(row.tokens), "labels": torch.from_numpy(labels)}
+        item: dict[str, Any] = {"input_ids": torch.from_numpy(row.tokens), "labels": torch.from_numpy(labels)}
+        item["stretch_lengths"] = row.stretches
         if self.extra is not None:
             item["weights"] = weights
         if row.isolated:
@@ -78,9 +80,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
     In the place of ``bounds`` it has what the attention of isolated documents needs: ``position_ids`` [B, S] int64 that
     begin again with every document, ``cu_seq_lens`` [K + 1] int32, the bounds in the batch's rows laid end to end, and
-    ``max_length``, tokens of the longest stretch. ``original_rope`` is one bool.
+    ``max_length``, tokens of the longest stretch. ``original_rope`` is one bool, ``stretch_lengths`` are joined.
     """
     batch = {name: default_collate([item[name] for item in items]) for name in STACKED if name in items[0]}
+    batch["stretch_lengths"] = np.concatenate([item["stretch_lengths"] for item in items])
     if "original_rope" in items[0]:
         batch["original_rope"] = items[0]["original_rope"]
     if "bounds" not in items[0]:

@@ -50,6 +50,12 @@ class Row:
         """Bounds of the stretches that must not see each other, padding among them, [k + 1 or 2] int64."""
         return np.unique([*self.starts, len(self.tokens) - self.padding, len(self.tokens)])
 
+    @property
+    def stretches(self) -> NDArray[np.int64]:
+        """Tokens of each stretch whose tokens see each other, without padding, [k or 1] int64."""
+        filled = len(self.tokens) - self.padding
+        return np.diff(np.append(self.starts, filled)) if self.isolated else np.array([filled])
+
 
 def joined(pieces: Iterable[NDArray[Any]], size: int) -> NDArray[np.int64]:
     """Pieces of unsigned tokens one after another, [size] int64; each is read and widened once."""

@@ -98,7 +98,9 @@ def test_conversations_of_a_row_do_not_see_each_other_and_padding_is_not_learnt(
     opening = chat_tokenizer().convert_tokens_to_ids("<|im_start|>")
     assert all(batch["input_ids"][0, start] in (opening, chat_tokenizer().eos_token_id) for start in starts)
     padded = next(iter(chat(file, packing="padded").train_dataloader()))
-    assert set(padded) == {"input_ids", "labels"}
+    assert set(padded) == {"input_ids", "labels", "stretch_lengths"}
+    filled = [int((row != chat_tokenizer().eos_token_id).nonzero().max()) + 1 for row in padded["input_ids"]]
+    assert all(last <= found <= last + 1 for last, found in zip(filled, padded["stretch_lengths"], strict=True))
     assert padded["input_ids"][0, -1] == chat_tokenizer().eos_token_id
     assert padded["labels"][0, -1] == IGNORED
 

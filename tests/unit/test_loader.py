@@ -2,6 +2,7 @@
 
 import pickle
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -245,7 +246,8 @@ def test_a_batch_says_where_its_documents_are(policy):
         if policy == "mixed":
             short += batch["original_rope"]
             if not batch["original_rope"]:
-                assert set(batch) == {"input_ids", "labels", "original_rope"}
+                assert set(batch) == {"input_ids", "labels", "original_rope", "stretch_lengths"}
+                assert batch["stretch_lengths"].tolist() == [length] * rows
                 continue
         bounds = batch["cu_seq_lens"].tolist()
         assert batch["cu_seq_lens"].dtype == torch.int32
@@ -254,6 +256,9 @@ def test_a_batch_says_where_its_documents_are(policy):
         positions = [place - max(b for b in bounds if b <= place) for place in range(rows * length)]
         assert batch["position_ids"].flatten().tolist() == positions
         assert batch["max_length"] == max(np.diff(bounds))
+        learnt = batch["labels"].flatten() != IGNORED
+        stretches = [(a, b) for a, b in pairwise(bounds) if policy == "isolated" or learnt[a:b].any()]  # no padding
+        assert batch["stretch_lengths"].tolist() == [b - a for a, b in stretches]
         first = batch["position_ids"] == 0
         assert (batch["labels"][first] == IGNORED).all()
         marked = (batch["input_ids"] == 0) & (batch["labels"] == IGNORED)
