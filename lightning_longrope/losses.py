@@ -1,19 +1,29 @@
 """Negative log-likelihood without the logits of a whole row.
 
 The logits of one 128k-token row take 62.6 GiB in float32 at a vocabulary of 128k, so the output layer and the
-cross entropy run over chunks of tokens. For training each chunk is recomputed in the backward pass.
+cross entropy run over chunks of tokens. Training has a choice of what becomes of a chunk:
+
+    checkpointed   its logits are computed again in the backward pass
+    fused          the forward pass makes its gradients too, of hidden states and head, and forgets the logits
+    liger          the same in one kernel of Liger (arXiv:2410.10989), for plain output layers on a GPU
 
 Shapes: N tokens, H hidden size, V vocabulary. Losses are in nats.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-Head = Callable[[Tensor], Tensor]
+from lightning_longrope.heads import Head, OutputHead
+
+Loss = Literal["checkpointed", "fused", "liger"]
+INSTEAD = "take `loss: fused`"
 
 
 def _chunk_nll(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -37,6 +47,12 @@ def token_nll(hidden: Tensor, head: Head, labels: Tensor, chunk: int = 4096) -> 
         return torch.cat([_chunk_nll(head, states, targets) for states, targets in parts])
 
 
+def _kept(labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Weight of each token, [N] float32."""
+    kept = (labels != -100).float()
+    return kept if weights is None else weights.float() * kept
+
+
 def chunked_nll(
     hidden: Tensor, head: Head, labels: Tensor, weights: Tensor | None = None, chunk: int = 4096
 ) -> tuple[Tensor, Tensor]:
@@ -54,8 +70,7 @@ def chunked_nll(
     Returns:
         The weighted nll sum in nats and the weight sum, two float32 scalars.
     """
-    kept = (labels != -100).float()
-    weights = kept if weights is None else weights.float() * kept
+    weights = _kept(labels, weights)
     total = hidden.new_zeros((), dtype=torch.float32)
     single = hidden.shape[0] <= chunk or not torch.is_grad_enabled()
     for states, targets, shares in zip(hidden.split(chunk), labels.split(chunk), weights.split(chunk), strict=True):
@@ -66,3 +81,152 @@ def chunked_nll(
         )
         total = total + (nll * shares).sum()
     return total, weights.sum()
+
+
+def fused_nll(
+    hidden: Tensor, head: OutputHead, labels: Tensor, weights: Tensor | None = None, chunk: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """What ``chunked_nll`` gives, with gradients that the forward pass has made: no logits are computed twice.
+
+    The gradients of parameters are added up in float32, and held from the forward pass on. It can be differentiated
+    once. Where ZeRO stage 3 partitions layers inside the output layer (adapters), it is ``chunked_nll`` itself.
+
+    Args:
+        hidden: Hidden states that predict the labels, [N, H].
+        head: The output head; adapters, biases and tied embeddings get their gradients too.
+        labels: Token to be predicted at each position, [N] int64; -100 counts for nothing.
+        weights: Weight of each token in both sums, [N]; 1 where it is not given.
+        chunk: Tokens whose logits exist at a time.
+
+    Returns:
+        The weighted nll sum in nats and the weight sum, two float32 scalars.
+    """
+    differentiable = torch.is_grad_enabled() and (hidden.requires_grad or head.trained)
+    if not differentiable or head.partitioned_inside:
+        return chunked_nll(hidden, head, labels, weights, chunk)
+    shares = _kept(labels, weights)
+
+    def work(logits: Head, states: Tensor) -> Tensor:
+        parameters = head.trained
+        with torch.no_grad():
+            sums = _sums(logits, states, labels, shares, parameters, chunk)
+        return cast("Tensor", _Sums.apply(sums, states, *parameters))
+
+    return head.within(work, hidden), shares.sum()
+
+
+class _Found(NamedTuple):
+    """The weighted nll sum and its gradients."""
+
+    nll: Tensor
+    hidden: Tensor | None
+    parameters: list[Tensor]
+
+
+def _sums(
+    head: Head, hidden: Tensor, labels: Tensor, weights: Tensor, parameters: Sequence[Tensor], chunk: int
+) -> _Found:
+    """Adds up chunks; what a parameter's gradient is added up in is as large as the parameter in float32."""
+    total = hidden.new_zeros((), dtype=torch.float32)
+    slopes = torch.empty_like(hidden) if hidden.requires_grad else None
+    added: list[Tensor] = []
+    parts = zip(hidden.split(chunk), labels.split(chunk), weights.split(chunk), strict=True)
+    for number, (states, targets, shares) in enumerate(parts):
+        # what counts for nothing is 0, not its gradient times 0: it may be NaN
+        states = states.masked_fill((shares == 0)[:, None], 0).requires_grad_(slopes is not None)
+        nll, of_states, of_parameters = _chunk_gradients(head, states, targets, shares, parameters)
+        total += nll
+        if slopes is not None and of_states is not None:
+            slopes[number * chunk : (number + 1) * chunk] = of_states
+        added = _add(added, of_parameters) if number else [one.float() for one in of_parameters]
+    return _Found(total, slopes, [one.to(of.dtype) for one, of in zip(added, parameters, strict=True)])
+
+
+def _add(sums: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    return [one.add_(other) for one, other in zip(sums, others, strict=True)]
+
+
+def _chunk_gradients(
+    head: Head, hidden: Tensor, labels: Tensor, weights: Tensor, parameters: Sequence[Tensor]
+) -> _Found:
+    with torch.enable_grad():
+        logits = head(hidden)
+    log_p = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+    nll = (F.nll_loss(log_p, labels, ignore_index=-100, reduction="none") * weights).sum()
+    slope = log_p.exp_()  # whose storage is used again: softmax - one hot is the gradient of the logits
+    slope.scatter_add_(1, labels.clamp(min=0)[:, None], slope.new_full((len(labels), 1), -1.0))
+    slope = slope.mul_(weights[:, None]).to(logits.dtype)
+    if not hidden.requires_grad:
+        return _Found(nll, None, list(torch.autograd.grad(logits, parameters, slope)))
+    of_hidden, *of_parameters = torch.autograd.grad(logits, [hidden, *parameters], slope)
+    return _Found(nll, of_hidden, of_parameters)
+
+
+class _Sums(torch.autograd.Function):
+    """The sum that was found, whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, found: _Found, *inputs: Tensor) -> Tensor:
+        ctx.found = found
+        return found.nll.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.found is None:
+            raise RuntimeError("A fused loss can be differentiated once: take loss='checkpointed' to do it again.")
+        found, ctx.found = ctx.found, None
+        of_hidden = None if found.hidden is None else found.hidden.mul_(slope)
+        return None, of_hidden, *(one.mul_(slope) for one in found.parameters)
+
+
+def liger_nll(
+    hidden: Tensor, head: OutputHead, labels: Tensor, weights: Tensor | None = None, chunk: int = 4096
+) -> tuple[Tensor, Tensor]:
+    """What ``fused_nll`` gives, by a kernel of Liger, which cuts the tokens itself.
+
+    Args:
+        hidden: Hidden states that predict the labels, [N, H], on a GPU.
+        head: The output head.
+        labels: Token to be predicted at each position, [N] int64; -100 counts for nothing.
+        weights: Must be None.
+        chunk: Of no effect.
+
+    Returns:
+        The nll sum in nats and the number of labels, two float32 scalars.
+
+    Raises:
+        ImportError: If Liger is not installed.
+        ValueError: If there is no GPU, or the output layer or the weights are none that its kernel takes.
+    """
+    check_liger(head, hidden.device)
+    if weights is not None:
+        raise ValueError(f"`loss: liger` takes no weights per token, and the batch has some: {INSTEAD}.")
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    kernel, layer = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32), head.module
+    return kernel(layer.weight, hidden, labels, layer.bias).float(), _kept(labels, None).sum()
+
+
+def check_liger(head: OutputHead, device: torch.device) -> None:
+    """Refuses what Liger's kernel does not take.
+
+    Raises:
+        ImportError: If Liger is not installed.
+        ValueError: If there is no GPU, or logits are more than a linear layer with its whole weight gives.
+    """
+    if find_spec("liger_kernel") is None:
+        raise ImportError('`loss: liger` needs Liger: pip install "lightning-longrope[liger]".')
+    reasons = {
+        f"runs on GPUs, and the model is on {device.type}": device.type != "cuda",
+        "does not scale or cap logits as this model does": not head.plain,
+        f"needs a linear output layer, got {type(head.module).__name__}": type(head.module) is not nn.Linear,
+        "needs the whole weight of the output layer, which this strategy partitions": head.partitioned,
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise ValueError(f"`loss: liger` {reason}: {INSTEAD}.")
+
+
+LOSSES = {"checkpointed": chunked_nll, "fused": fused_nll, "liger": liger_nll}
+"""What ``loss`` of a ``LongRoPEModule`` may name."""

@@ -20,6 +20,7 @@ from lightning_longrope.attention import probing
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
+from lightning_longrope.heads import OutputHead
 from lightning_longrope.isolation import Stretches, fit_for_long_rows, isolated_documents, plain_rows
 from lightning_longrope.rotary import RescaledRotary
 from lightning_longrope.sequence_parallel import sequence_group, shared_rows
@@ -290,22 +291,6 @@ def hidden_states(
         return model.get_decoder()(**{**inputs, **apart, **share}, use_cache=False).last_hidden_state
 
 
-def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """What turns final hidden states [..., H] into the logits [..., V] of a model's own forward.
-
-    Covers the soft cap of Gemma 2 and the logit scales of Cohere, Granite and Falcon-H1.
-    """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", 1.0))
-    divisor = float(getattr(config, "logits_scaling", 1.0))
-    if config.model_type == "hyperclovax":  # whose scaling of the same name multiplies
-        scale, divisor = scale * divisor, 1.0
-
-    def logits(hidden: Tensor) -> Tensor:
-        values = head(hidden)
-        if scale != 1 or divisor != 1:
-            values = values * scale / divisor
-        return values if cap is None else torch.tanh(values / cap) * cap
-
-    return logits
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """What turns final hidden states [..., H] into the logits [..., V] of a model's own forward."""
+    return OutputHead(model)

@@ -20,7 +20,7 @@ from lightning_longrope.isolation import Stretches
 from lightning_longrope.layers import compile_decoder_layers, decoder_layers, scale_initial_weights, shard_weights
 from lightning_longrope.loading import load_model
 from lightning_longrope.lora import LoRA, add_adapters
-from lightning_longrope.losses import chunked_nll, token_nll
+from lightning_longrope.losses import LOSSES, Loss, check_liger, token_nll
 from lightning_longrope.memory import Memory, check_memory, save_memory
 from lightning_longrope.metrics import Perplexity
 from lightning_longrope.model import hidden_states, install_factors, installed_tables, original_rope, output_head
@@ -57,9 +57,13 @@ class LongRoPEModule(LightningModule):
         compile_layers: Compile each decoder layer for training steps; goes on without if no compiler is found.
         trust_remote_code: Let a hub model run its own code.
         lora: Train low-rank adapters (and norms and embeddings) instead of all weights.
+        loss: How training steps compute the loss without the logits of whole rows: ``fused`` makes the gradients of
+            a chunk of tokens at once, ``checkpointed`` computes its logits again in the backward pass, ``liger`` is a
+            kernel of Liger's for plain output layers on one GPU or more that hold whole weights.
 
     Raises:
-        ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, or a saving of memory has no effect.
+        ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, a saving of memory has no effect, or
+            there is no such loss.
     """
 
     chunked_loss = True
@@ -80,8 +84,11 @@ class LongRoPEModule(LightningModule):
         compile_layers: bool = False,
         trust_remote_code: bool = False,
         lora: LoRA | None = None,
+        loss: Loss = "fused",
     ) -> None:
         super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"`loss` must be {', '.join(LOSSES)}, got {loss!r}.")
         if (name_or_path is None) == (config is None):
             raise ValueError(
                 "`model` needs either `name_or_path` (a pretrained model) or `config` (a new one),"
@@ -101,6 +108,7 @@ class LongRoPEModule(LightningModule):
         self.compile_layers = compile_layers
         self.trust_remote_code = trust_remote_code
         self.lora = lora
+        self.loss_name = loss
         self.model: Any = None
         self.perplexity = Perplexity()
 
@@ -168,6 +176,8 @@ class LongRoPEModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        if self.loss_name == "liger":
+            check_liger(output_head(self.model), self.device)
         if self.compile_layers:
             compile_decoder_layers(self.model)
 
@@ -179,10 +189,11 @@ class LongRoPEModule(LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        hidden = self.hidden_states(batch)
+        hidden, head = self.hidden_states(batch), output_head(self.model)
         weights = self.predicted(batch["weights"], 0).flatten() if "weights" in batch else None
         labels = self.predicted(batch["labels"], -100).flatten()
-        nll, count = chunked_nll(hidden.flatten(0, 1), output_head(self.model), labels, weights)
+        chunk = head.tokens_at_a_time(hidden.device)
+        nll, count = LOSSES[self.loss_name](hidden.flatten(0, 1), head, labels, weights, chunk)
         total_nll, total = self._over_ranks(torch.stack([nll.detach(), count]))
         total = torch.where(total > 0, total, 1)  # no label anywhere: no loss
         self.log("train_loss", total_nll / total, prog_bar=True, batch_size=len(batch["input_ids"]))
@@ -228,7 +239,8 @@ class LongRoPEModule(LightningModule):
         labels = self.predicted(batch["labels"], -100).flatten()
         with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for these shapes
             hidden = self.hidden_states(batch)
-        nll = token_nll(hidden.flatten(0, 1), output_head(self.model), labels)
+        head = output_head(self.model)
+        nll = token_nll(hidden.flatten(0, 1), head, labels, head.tokens_at_a_time(hidden.device))
         self.perplexity.update(nll.double().sum(), (labels != -100).sum())
         self.log("val_perplexity", self.perplexity, prog_bar=True, batch_size=len(batch["labels"]))
 

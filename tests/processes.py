@@ -78,3 +78,13 @@ def _rank(rank: int, world_size: int, port: int, work: Callable[..., Any], argum
             os._exit(1)
         file.flush()
         os._exit(0)  # nothing of the parent's runs at exit
+
+
+def whole(weight: Any) -> Any:
+    """A copy of a parameter that a strategy may have sharded or partitioned; every rank asks for it."""
+    if not hasattr(weight, "ds_id"):
+        return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(weight):
+        return weight.detach().clone()

@@ -31,7 +31,7 @@ import torch
 from helpers import LLAMA, random_loader, tiny_llama
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from processes import PARTITIONED, run_ranks
+from processes import PARTITIONED, run_ranks, whole
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_longrope import LongRoPEModule, load_model
@@ -130,15 +130,6 @@ def sgd(folder, name, source, how, note_as=None, save=None, **options):
     sizes = trainer.strategy.config["zero_optimization"] if name in ZERO else {}
     note(folder, note_as or f"sgd-{name}", losses=module.losses, share=module.share, read=module.read, tables=tables,
          sizes={key: size for key, size in sizes.items() if "bucket" in key or "threshold" in key})  # fmt: skip
-
-
-def whole(weight):
-    if not hasattr(weight, "ds_id"):
-        return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(weight):
-        return weight.detach().clone()
 
 
 def adam(folder, name, note_as, devices=2, steps=3, resume=None, save=None, optimizer=torch.optim.AdamW, **how):

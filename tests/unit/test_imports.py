@@ -15,7 +15,7 @@ PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
     | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory", "memory"}
-    | {"attention", "checkpoints", "estimate", "levers", "lora", "run_settings", "sliding"},
+    | {"attention", "checkpoints", "estimate", "heads", "levers", "lora", "run_settings", "sliding"},
     {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"doctor", "generating", "reporting", "isolation", "layers", "sequence_parallel", "sizes"},
     {"advising", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
@@ -28,6 +28,7 @@ LIGHTNING = {"advising", "metrics", "module", "datamodules", "callbacks", "track
 LIGHTNING |= {"commands"}
 TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary", "objectives"} | {
     "summary",
+    "heads",
     "levers",
     "estimate",
     "run_settings",
