@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_longrope.advising import MemoryAdvice
 from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.finite import StopAtNan, read_numbers
 from lightning_longrope.geometry import set_pretrained_window
 from lightning_longrope.isolation import Stretches
 from lightning_longrope.layers import compile_decoder_layers, decoder_layers, scale_initial_weights, shard_weights
@@ -172,7 +173,7 @@ class LongRoPEModule(LightningModule):
 
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         given = any(isinstance(callback, Throughput) for callback in callbacks)
-        return [MemoryAdvice()] if given else [MemoryAdvice(), Throughput()]
+        return [MemoryAdvice(), StopAtNan(), *([] if given else [Throughput()])]
 
     @override
     def on_fit_start(self) -> None:
@@ -268,6 +269,8 @@ class LongRoPEModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None:
+            read_numbers(self.trainer)
         tables = installed_tables(self.model)
         checkpoint["longrope"] = {
             "config": self.model.config.to_dict(),

@@ -18,13 +18,24 @@ FLOORS = [  # each may import from its own floor and those before it
     | {"attention", "checkpoints", "estimate", "heads", "levers", "lora", "run_settings", "sliding"},
     {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"doctor", "generating", "reporting", "isolation", "layers", "sequence_parallel", "sizes"},
-    {"advising", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
+    {"advising", "finite", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
     {"export", "recipes"},
     {"cli"},
     {"commands"},
     {"__main__"},
 ]
-LIGHTNING = {"advising", "metrics", "module", "datamodules", "callbacks", "tracking", "strategies", "peers", "cli"}
+LIGHTNING = {
+    "advising",
+    "finite",
+    "metrics",
+    "module",
+    "datamodules",
+    "callbacks",
+    "tracking",
+    "strategies",
+    "peers",
+    "cli",
+}
 LIGHTNING |= {"commands"}
 TRANSFORMERS_FREE = {"rope", "mixing", "packing", "losses", "search", "files", "geometry", "rotary", "objectives"} | {
     "summary",
