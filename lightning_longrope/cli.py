@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.utils.data import DataLoader
@@ -32,6 +34,7 @@ from lightning_longrope.files import write_text
 from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.peers import launched
+from lightning_longrope.reading import check_yaml
 from lightning_longrope.redaction import redact
 from lightning_longrope.reporting.results import Results, read_results
 from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy  # noqa: F401 - by name in configs
@@ -197,6 +200,18 @@ def _method_name(module: LongRoPEModule) -> str:
 def _version(path: str | None) -> list[Any]:
     """A model's path and, where it is a file or folder here, when it was written."""
     return [path, Path(path).stat().st_mtime if path and Path(path).exists() else None]
+
+
+_load_any_yaml = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """What jsonargparse makes of YAML, if that is no YAML which it does not survive."""
+    check_yaml(text)
+    return _load_any_yaml(text)
+
+
+set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError, ValueError))
 
 
 class LongRoPEParser(LightningArgumentParser):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,9 +13,12 @@ from torch import Tensor
 from lightning_longrope import rope
 from lightning_longrope.files import write_json, write_text
 from lightning_longrope.geometry import LAYER_TYPE, config_fields, rope_geometry, rope_parameters
+from lightning_longrope.reading import blaming, is_number, number, parse_json, read_text
 
 FACTORS_FILE = "rescale_factors.json"
 """Name of our own table in an exported Hugging Face folder."""
+
+_CHECKSUM = "crc32"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class RescaleFactors:
                     f"Rescale factors must be finite and at least 1, got {value} for frequency pair {index}."
                 )
         for name in ("original_length", "target_length", "start_tokens"):
-            if not isinstance(getattr(self, name), int):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be a whole number of tokens, got {getattr(self, name)!r}.")
         rope.extension_ratio(self.original_length, self.target_length)
         if self.start_tokens < 0:
@@ -149,10 +153,10 @@ class RescaleFactors:
                 f"Rescale factors need the keys {sorted(known)}:"
                 f" missing {sorted(missing)}, unknown {sorted(data.keys() - known)}."
             )
-        try:
-            return cls(**{**data, "values": tuple(float(value) for value in data["values"])})
-        except TypeError as error:
-            raise ValueError(f"Rescale factors need a list of numbers and whole lengths, got {dict(data)}.") from error
+        given = [data["values"], [value for name, value in data.items() if name != "values"]]
+        if not all(isinstance(part, list | tuple) and all(map(is_number, part)) for part in given):
+            raise ValueError(f"Rescale factors need a list of numbers and whole lengths, got {dict(data)}.")
+        return cls(**{**data, "values": tuple(data["values"])})
 
     def on_top_of(self, earlier: "RescaleFactors") -> "RescaleFactors":
         """These factors as a second extension: values and attention factors multiply, start tokens are the earlier's.
@@ -169,8 +173,8 @@ class RescaleFactors:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the factors as JSON, in full or not at all."""
-        write_json(path, self.to_dict())
+        """Writes the factors as JSON, in full or not at all, with a checksum that :meth:`load` compares."""
+        write_entries(path, self.to_dict())
 
     def save_csv(self, path: str | Path) -> None:
         """Writes the values alone, one a line, as Microsoft's code reads them; the lengths are not in it."""
@@ -200,16 +204,9 @@ class RescaleFactors:
             ValueError: If the file cannot be read as factors, a length is missing or contradicts the file, or a value
                 is not finite, below 1 or (with ``monotone``) below the one before.
         """
-        path = Path(path)
-        if path.is_dir():
-            own = path / FACTORS_FILE
-            path = own if own.is_file() else path / "config.json"
-        if not path.is_file():
-            raise ValueError(f"No rescale factors at {path}: expected a .json or .csv file or a Hugging Face folder.")
-        try:
-            factors = _parse(path.read_text(encoding="utf-8"), original_length, target_length)
-        except (ValueError, UnicodeDecodeError) as error:
-            raise ValueError(f"Cannot read rescale factors from {path}: {error}") from error
+        path = factors_file(path)
+        with blaming(f"Cannot read rescale factors from {path}"):
+            factors = _parse(read_entries(path), original_length, target_length)
         if monotone:
             _check_monotone(factors.values, path)
         return factors
@@ -285,16 +282,54 @@ class RescaleFactors:
         return {**nested, LAYER_TYPE: parameters} if isinstance(nested.get(LAYER_TYPE), Mapping) else parameters
 
 
-def _parse(text: str, original_length: int | None, target_length: int | None) -> RescaleFactors:
-    """Factors from the text of a JSON or CSV file."""
+def factors_file(path: str | Path) -> Path:
+    """The file that holds the factors of a file or of a Hugging Face folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        own = path / FACTORS_FILE
+        path = own if own.is_file() else path / "config.json"
+    if not path.is_file():
+        raise ValueError(f"No rescale factors at {path}: expected a .json or .csv file or a Hugging Face folder.")
+    return path
+
+
+def write_entries(path: str | Path, entries: dict[str, Any]) -> None:
+    """Writes factors as JSON, with a checksum: a digit that a disk has changed is a digit all the same."""
+    write_json(path, {**entries, _CHECKSUM: _checksum(entries)})
+
+
+def read_entries(path: Path) -> str | dict[str, Any]:
+    """What a JSON file of factors says, or the text of a file that is no JSON.
+
+    Raises:
+        ValueError: If it is damaged. A file without a checksum is taken as it is.
+    """
+    text = read_text(path)
     if not text.lstrip().startswith("{"):
-        return _from_csv(text, original_length, target_length)
-    data = json.loads(text)
-    if "tables" in data:
-        data = max(data["tables"], key=lambda table: table["target_length"])
-    if "values" not in data:
-        return _from_config(data, original_length, target_length)
-    factors = RescaleFactors.from_dict(data)
+        return text
+    entries: dict[str, Any] = parse_json(text, path)
+    checksum = entries.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(entries):
+        raise ValueError(f"its `{_CHECKSUM}` does not match. It is damaged; if you have edited it, delete that entry.")
+    return entries
+
+
+def _checksum(entries: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(entries, sort_keys=True).encode()):08x}"
+
+
+def _parse(data: str | dict[str, Any], original_length: int | None, target_length: int | None) -> RescaleFactors:
+    """Factors from what a file says."""
+    if isinstance(data, str):
+        return _from_csv(data, original_length, target_length)
+    table = max(data["tables"], key=lambda table: table["target_length"]) if "tables" in data else data
+    if "values" not in table:
+        return _from_config(table, original_length, target_length)
+    factors = RescaleFactors.from_dict(table)
     _check_known("original_length", factors.original_length, original_length)
     _check_known("target_length", factors.target_length, target_length)
     return factors
@@ -304,7 +339,7 @@ def _from_csv(text: str, original_length: int | None, target_length: int | None)
     """Factors from one value a line or one row a layer."""
     lines = [[cell for cell in line.split(",") if cell.strip()] for line in text.splitlines()]
     try:
-        rows = [[float(cell) for cell in line] for line in lines if line]
+        rows = [[number(cell.strip()) for cell in line] for line in lines if line]
     except ValueError as error:
         raise ValueError(f"expected numbers separated by commas or newlines; {error}.") from error
     if not rows:

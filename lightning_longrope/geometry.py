@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_HEAD = 1 << 16  # channels; anything beyond is a damaged config that would fill the memory
 LAYER_TYPE = "full_attention"  # the layers that are rescaled where a model has several kinds (Gemma 3)
 
 
@@ -91,8 +92,11 @@ def rope_geometry(config: Any) -> RopeGeometry:
     windows = [int(window) for window in (original, longest) if window]
     if not windows:
         raise ValueError("The config gives no `max_position_embeddings`, so the pretrained window is unknown.")
+    rotary_size = int(head_size * parameters.get("partial_rotary_factor", 1.0))
+    if not 2 <= rotary_size <= LARGEST_HEAD:
+        raise ValueError(f"The config gives {rotary_size} channels of a head that rotate, not 2 to {LARGEST_HEAD}.")
     return RopeGeometry(
-        rotary_size=int(head_size * parameters.get("partial_rotary_factor", 1.0)),
+        rotary_size=rotary_size,
         base=float(parameters["rope_theta"]),
         # Phi-3 configs have original_max_position_embeddings=4096 whatever their window
         original_length=min(windows),

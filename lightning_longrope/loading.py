@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -21,6 +20,7 @@ from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
 from lightning_longrope.factors import FACTORS_FILE
 from lightning_longrope.lora import LoRA, merged_weights
 from lightning_longrope.model import install_factors
+from lightning_longrope.reading import blaming, read_yaml
 from lightning_longrope.tables import LengthTables
 
 PRETRAINED_ROPE = "pretrained_rope"
@@ -108,9 +108,10 @@ def _given_tokenizer(checkpoint: Path) -> str | None:
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         return None
-    config = yaml.safe_load(found.read_text(encoding="utf-8"))
-    data, model = ((config.get(part) or {}).get("init_args") or {} for part in ("data", "model"))
-    name: str | None = data.get("tokenizer") or model.get("name_or_path")
+    with blaming(f"Cannot tell the tokenizer from {found}"):
+        config = read_yaml(found)
+        data, model = ((config.get(part) or {}).get("init_args") or {} for part in ("data", "model"))
+        name: str | None = data.get("tokenizer") or model.get("name_or_path")
     return find_tokenizer(Path(name)) if name and Path(name).exists() else name
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lightning_longrope.reading import is_number, read_json_object, read_yaml
 
 STAGE_NAME = re.compile(r"\d+-[A-Za-z0-9_-]+\.yaml")
 
@@ -47,7 +47,12 @@ class Stage:
     def finished(self) -> dict[str, Any] | None:
         """What ``done.json`` says, None if the stage has not ended."""
         path = self.folder / "done.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        done = read_json_object(path)
+        if not isinstance(done.get("config"), str) or not is_number(done.get("seconds")):
+            raise ValueError(f"{path} is damaged: delete it to run the stage again.")
+        return done
 
 
 def read_stage(path: Path, out: Path, *, short: bool = False) -> Stage:
@@ -61,16 +66,14 @@ def read_stage(path: Path, out: Path, *, short: bool = False) -> Stage:
     Raises:
         ValueError: If the file is missing, not a YAML mapping, or ``short`` names a value that is not there.
     """
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"Cannot read the configuration {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}.") from error
+    config = read_yaml(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping of options, got {type(config).__name__}.")
     command = config.pop("command", "fit")
     changes = config.pop("short", {})
+    for name, value, kind in (("command", command, str), ("short", changes, dict)):
+        if not isinstance(value, kind):
+            raise ValueError(f"`{name}` in {path} must be a {kind.__name__}, got {value!r}.")
     if short:
         for key, value in changes.items():
             _set(config, key, value, path)

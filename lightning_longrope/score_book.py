@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.reading import blaming
 from lightning_longrope.search.journal import Journal, check_fingerprint, read_journal
 
 UNKNOWN, OWN, EARLIER, OOM = range(4)
@@ -55,7 +56,8 @@ class ScoreBook:
             self._draw_on(Path(cache))
         if path is not None:
             self._journal = Journal(path, fingerprint)
-            self._read_own(self._journal)
+            with blaming(f"`{path}` holds a line that is no evaluation"):
+                self._read_own(self._journal)
 
     def recall(self, tables: Sequence[RescaleFactors]) -> Tensor:
         """What is known of candidates, [C, D, 5] float64: four sums and where they are from."""
@@ -122,8 +124,9 @@ class ScoreBook:
         places = [ours.get(digest) for digest in theirs.get("document_digests", ())]
         if all(place is None for place in places):
             raise ValueError(f"The cache `{path}` has no document of this search: leave it out.")
-        for record in records:
-            self._remember(self._earlier, record, places)
+        with blaming(f"The cache `{path}` holds a line that is no evaluation"):
+            for record in records:
+                self._remember(self._earlier, record, places)
 
     def _remember(self, known: Known, record: Mapping[str, Any], places: Sequence[int | None] | None = None) -> None:
         """Takes a journal line in; ``places`` says which document of ours each of its documents is."""

@@ -10,15 +10,14 @@ A table made for a long window costs quality on short sequences; one made for a 
 Source: LongRoPE, arXiv:2402.13753, Section 3.4.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
-from lightning_longrope.files import write_json
+from lightning_longrope.factors import RescaleFactors, factors_file, read_entries, write_entries
 from lightning_longrope.geometry import config_fields, rope_parameters
+from lightning_longrope.reading import blaming
 
 PRETRAINED = "none"
 """In place of a file: no rescaling within the pretrained window."""
@@ -102,7 +101,7 @@ class LengthTables:
 
     def save(self, path: str | Path) -> None:
         """Writes the tables as one JSON file, in full or not at all."""
-        write_json(path, self.to_dict())
+        write_entries(path, self.to_dict())
 
     @classmethod
     def load(cls, *paths: str | Path, monotone: bool = True) -> "LengthTables":
@@ -126,15 +125,12 @@ class LengthTables:
 def _tables_in(path: Path, monotone: bool) -> list[RescaleFactors]:
     """All tables of one file or folder, the longest last."""
     longest = RescaleFactors.load(path, monotone=monotone)
-    if path.is_dir():
-        path = path / FACTORS_FILE if (path / FACTORS_FILE).is_file() else path / "config.json"
-    text = path.read_text(encoding="utf-8")
-    if not text.lstrip().startswith("{"):
-        return [longest]
-    data = json.loads(text)
-    if "tables" in data:
-        return list(LengthTables.from_dict(data).tables)
-    return [longest] if "values" in data else _of_config(data, longest)
+    path = factors_file(path)
+    with blaming(f"Cannot read rescale factors from {path}"):
+        data = read_entries(path)
+        if isinstance(data, str) or "values" in data:
+            return [longest]
+        return list(LengthTables.from_dict(data).tables) if "tables" in data else _of_config(data, longest)
 
 
 def tables_in_force(config: Any) -> LengthTables | None:

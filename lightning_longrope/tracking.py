@@ -9,6 +9,7 @@ A run folder is one wandb run: its id stands in ``wandb-id``, so a run that was 
 
 import io
 import math
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
@@ -23,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_longrope.files import write_text
 from lightning_longrope.metrics import Measurement
+from lightning_longrope.reading import read_text
 from lightning_longrope.reporting import figures
 from lightning_longrope.reporting.names import ACCURACIES
 from lightning_longrope.reporting.results import COLUMNS, Result, Results, results_text
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_longrope.reporting.drawing import Plot
 
 ID_FILE = "wandb-id"
+_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 
 def log_config(trainer: Trainer, config: str) -> None:
@@ -162,7 +165,9 @@ def keep_wandb_id(config: Any, root: str | None, resumed: bool) -> None:
 def _kept_id(path: Path, keep: bool) -> str | None:
     if getattr(rank_zero_only, "rank", 0):
         return None  # only the first rank has a run
-    known = path.read_text(encoding="utf-8").strip() if keep and path.is_file() else ""
+    known = read_text(path, 1024).strip() if keep and path.is_file() else ""
+    if known and not _ID.fullmatch(known):
+        raise ValueError(f"{path} is damaged, it holds no id of a wandb run: delete it to begin a new run there.")
     if not known:
         known = uuid.uuid4().hex[:8]
         write_text(path, f"{known}\n")

@@ -19,6 +19,7 @@ from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_json, write_text
 from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean, paired_ratio
 from lightning_longrope.model import rope_geometry
+from lightning_longrope.reading import blaming, read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,13 @@ class MethodResults:
     @classmethod
     def load(cls, path: Path) -> "MethodResults":
         """Reads what ``save`` wrote."""
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return cls(
-            [Measurement(**row) for row in found["rows"]],
-            [PositionMean(**row) for row in found["positions"]],
-            {(metric, length): DocumentSums(tuple(n), tuple(w)) for metric, length, n, w in found["sums"]},
-        )
+        with blaming(f"{path} does not hold measurements, delete it to measure again"):
+            found = read_json_object(path)
+            return cls(
+                [Measurement(**row) for row in found["rows"]],
+                [PositionMean(**row) for row in found["positions"]],
+                {(metric, length): DocumentSums(tuple(n), tuple(w)) for metric, length, n, w in found["sums"]},
+            )
 
 
 def method_tables(method: str, config: Any, target_length: int, earlier: RescaleFactors | None = None) -> TableAt:

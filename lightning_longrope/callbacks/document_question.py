@@ -1,12 +1,12 @@
 """Document questions: does the model still know the title at the end of a long document?"""
 
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
 from lightning_longrope.callbacks.measurement import text_of
 from lightning_longrope.callbacks.retrieval import RetrievalCallback
+from lightning_longrope.reading import blaming, read_text
 from lightning_longrope.retrieval import DocumentQuestionPrompts, TitledText
 
 
@@ -60,8 +60,6 @@ def _read(path: str) -> TitledText:
     Raises:
         ValueError: If it cannot be read.
     """
-    try:
-        title, _, body = Path(path).read_text(encoding="utf-8").lstrip().partition("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"Cannot read the document {path} of `files`: {error}.") from error
+    with blaming(f"Cannot read the document {path} of `files`"):
+        title, _, body = read_text(path).lstrip().partition("\n")
     return TitledText(title, body.lstrip("\n"))

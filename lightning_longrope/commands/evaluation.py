@@ -1,10 +1,9 @@
 """``longrope eval``: measures a checkpoint, an exported folder or any Hugging Face model, without training."""
 
-from pathlib import Path
-
-import yaml
+import os
 
 from lightning_longrope.commands.train import trainer
+from lightning_longrope.reading import read_yaml
 
 ANSWERS = "3"
 
@@ -22,16 +21,15 @@ def evaluate(command: str, arguments: list[str]) -> None:
 
 
 def _has_data(words: list[str]) -> bool:
-    """Whether a word or a configuration file names a datamodule; files that cannot be read are left to LightningCLI."""
+    """Whether a word or a configuration file names a datamodule; what is no file is left to LightningCLI."""
     if any(word.split("=")[0] == "--data" or word.startswith("--data.") for word in words):
         return True
     pairs = [*zip(words, words[1:], strict=False), *(word.split("=", 1) for word in words if "=" in word)]
     for flag, value in pairs:
         if flag in ("-c", "--config"):
-            try:
-                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (OSError, yaml.YAMLError):
+            if not os.path.isfile(value):
                 return True
+            content = read_yaml(value)
             if isinstance(content, dict) and content.get("data"):
                 return True
     return False

@@ -13,6 +13,7 @@ from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.isolation import fit_for_long_rows
 from lightning_longrope.loading import load_model, load_tokenizer
 from lightning_longrope.model import installed_tables, window
+from lightning_longrope.reading import read_text
 
 log = logging.getLogger("lightning_longrope")
 
@@ -94,7 +95,7 @@ def answer(
 def _text_of(path: Path) -> str:
     if not path.is_file():
         raise ValueError(f"No prompt at {path}: `--prompt-file` takes a text file, or - for the standard input.")
-    return path.read_text(encoding="utf-8")
+    return read_text(path)
 
 
 def _prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:

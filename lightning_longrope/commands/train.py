@@ -1,11 +1,13 @@
 """``longrope fit``, ``validate``, ``test``, ``search``, ``compare``: LightningCLI."""
 
+import os
 from pathlib import Path
 
 import yaml
 
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands.parsing import Parser
+from lightning_longrope.reading import read_yaml
 from lightning_longrope.recipes import Stage, read_stage
 
 
@@ -34,9 +36,6 @@ def staged_words(arguments: list[str]) -> tuple[list[str], Stage | None, Path | 
 
 
 def _is_stage(path: Path) -> bool:
-    """Whether a file has the key that only stage files have; files that cannot be read are left to LightningCLI."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return False
+    """Whether a file has the key that only stage files have; what is no file is left to LightningCLI."""
+    content = read_yaml(path) if os.path.isfile(path) else None  # False for what is no path at all
     return isinstance(content, dict) and "command" in content

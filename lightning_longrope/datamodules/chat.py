@@ -29,6 +29,7 @@ from lightning_longrope.datamodules.readers import TextOf
 from lightning_longrope.datamodules.token_store import TokenStore
 from lightning_longrope.packing import IGNORED, BestFitRows, Documents, Policy, Row, Rows, excerpts
 from lightning_longrope.packing.best_fit import Bins
+from lightning_longrope.reading import read_text
 from lightning_longrope.tokenizing import tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class ChatDataModule(PackedTextDataModule):
         """The chat template that is used."""
         given = self.chat_template
         if given is not None and "{" not in given:
-            given = Path(given).expanduser().read_text("utf-8")
+            given = read_text(Path(given).expanduser())
         return template_of(self.tokenizer, given)
 
     @property

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from lightning_longrope.datamodules.hashing import Hasher
 from lightning_longrope.datamodules.readers import BadRecord, Document, Place, Reading, Skipped
 from lightning_longrope.files import write_json
+from lightning_longrope.reading import read_json_object
 from lightning_longrope.tokenizing import PIECE, TEXTS, Encoder, Piece, encode_in_order
 
 log = logging.getLogger(__name__)
@@ -296,7 +297,7 @@ class StoreWriter:
         state = {name: file.state for name, file in self.files.items()}
         place = [str(self.place.source), self.place.record]
         saved = {"identity": self.identity, "place": place, "tally": asdict(self.tally), "files": state}
-        write_json(self.folder / "progress.json", saved)
+        write_json(self.folder / "progress.json", {**saved, "checksum": manifest_checksum(saved)})
         self._committed = time.monotonic()
 
     def finish(self, manifest: dict[str, Any]) -> None:
@@ -314,12 +315,13 @@ class StoreWriter:
 
 
 def _read_progress(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What a run with the same identity has saved, None if there is nothing."""
+    """What a run with the same identity has saved, None if there is nothing or it is damaged."""
     try:
-        saved = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        saved = read_json_object(path)
+    except ValueError:
         return None
-    return saved if saved["identity"] == identity else None
+    whole = saved.get("checksum") == manifest_checksum(saved)
+    return saved if whole and saved["identity"] == identity else None
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

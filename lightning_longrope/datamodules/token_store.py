@@ -12,7 +12,7 @@
 Numbers are little-endian. A checksum (CRC-32) covers ``block_bytes`` of a file, so that damage has a place.
 """
 
-import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,10 +33,11 @@ from lightning_longrope.datamodules.store_writing import (
     write_store,
 )
 from lightning_longrope.packing import Documents
+from lightning_longrope.reading import blaming, read_json_object
 from lightning_longrope.tokenizing import Encoder, tokenizer_fingerprint
 
 REMEDY = "Delete the store, and it is made again."
-CHECKED = 1 << 28  # bytes; the checksums of larger files are not taken every time a store is opened
+CHECKED = 1 << 28  # bytes of tokens; the checksums of more are not taken every time a store is opened
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ class TokenStore:
         """
         manifest = read_manifest(folder)
         problem = next(_foreign(folder, manifest, tokenizer), None) or next(_wrong_sizes(folder, manifest), None)
-        if problem is None and manifest["files"]["tokens.bin"]["bytes"] <= CHECKED:
-            problem = next(_wrong_blocks(folder, manifest), None)
+        if problem is None:
+            problem = next(_wrong_blocks(folder, manifest, CHECKED), None)
         if problem is not None:
             raise ValueError(problem)
         path, dtype = folder / "tokens.bin", np.dtype(manifest["dtype"])
@@ -148,19 +149,36 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: If there is none, or it is damaged, of another version or names other files than a store has.
     """
     path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no token store: it has no manifest.json.")
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{folder} is no token store: it has no manifest.json ({error.strerror}).") from error
+        manifest = read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). {REMEDY}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise ValueError(f"The token store {folder} is of another version. {REMEDY}")
     if manifest.get("checksum") != manifest_checksum(manifest):
         raise ValueError(f"{path} is damaged: its checksum is another. {REMEDY}")
-    if set(manifest["files"]) != set(FILES):
-        raise ValueError(f"{path} names the files {sorted(manifest['files'])}, but a store has {sorted(FILES)}.")
+    with blaming(f"{path} is not what a store has. {REMEDY} It has"):
+        _check_manifest(manifest)
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Refuses a manifest that names other files than a store has, or sizes that contradict its counts."""
+    if set(manifest["files"]) != set(FILES):
+        raise ValueError(f"the files {sorted(manifest['files'])} in place of {sorted(FILES)}")
+    if manifest["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"tokens of the type {manifest['dtype']!r}")
+    documents = manifest["documents"]
+    sizes = {"tokens.bin": np.dtype(manifest["dtype"]).itemsize * manifest["tokens"]}
+    sizes |= {"documents.bin": 8 * (documents + 1), "sources.bin": 2 * documents, "hashes.bin": 8 * documents}
+    for name, size in sizes.items():
+        if manifest["files"][name]["bytes"] != size:
+            raise ValueError(f"{manifest['files'][name]['bytes']} bytes of {name}, where its counts need {size}")
+    for state in manifest["files"].values():
+        if len(state["blocks"]) != -(-state["bytes"] // manifest["block_bytes"]):
+            raise ValueError(f"{len(state['blocks'])} checksums for {state['bytes']} bytes")
 
 
 def _foreign(folder: Path, manifest: dict[str, Any], tokenizer: Any) -> Iterator[str]:
@@ -181,11 +199,13 @@ def _wrong_sizes(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
             yield f"{path} is damaged: it {found}, but {state['bytes']} were written. {REMEDY}"
 
 
-def _wrong_blocks(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """Reads every file whose size is right."""
+def _wrong_blocks(folder: Path, manifest: dict[str, Any], most: float = math.inf) -> Iterator[str]:
+    """Reads every file whose size is right, but for tokens of more than ``most`` bytes."""
     for name, state in manifest["files"].items():
         path, size = folder / name, manifest["block_bytes"]
         if not path.is_file() or path.stat().st_size != state["bytes"]:
+            continue
+        if name == "tokens.bin" and state["bytes"] > most:
             continue
         with path.open("rb") as file:
             for number, checksum in enumerate(state["blocks"]):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,10 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lightning_longrope import __version__
 from lightning_longrope.export.lost import Loss
 from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.reading import read_text
 from lightning_longrope.redaction import redact
 from lightning_longrope.reporting.names import length_text, method_name, metric_name, value_text
 from lightning_longrope.reporting.results import Results
-from lightning_longrope.reporting.run_folder import Run, read_run
+from lightning_longrope.reporting.run_folder import Run, config_of, read_run
 from lightning_longrope.tables import LengthTables
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,9 @@ def license_of(base: str) -> str | None:
         except HFValidationError:
             return None
         path = Path(cached) if isinstance(cached, str) else path
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.match(r"---\n.*?^license: *([\w.-]+)$.*?^---$", text, flags=re.DOTALL | re.MULTILINE)
+    text = read_text(path) if path.is_file() else ""
+    head = re.match(r"---\n.*?^---$", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.search(r"^license: *([\w.-]+)$", head[0], flags=re.MULTILINE) if head else None
     return found[1] if found else None
 
 
@@ -137,7 +138,8 @@ def _run(folder: Path) -> Run | None:
 def _base(run: Run) -> str | None:
     """The model that the run's first stage loads, if that is none of the run's own checkpoints."""
     for stage in run.stages:
-        model = (yaml.safe_load(stage.config) or {}).get("model") if stage.config else None
+        config = config_of(stage)
+        model = config.get("model") if isinstance(config, dict) else None
         if isinstance(model, dict):
             name = (model.get("init_args") or model).get("name_or_path")
             return None if not name or str(name).endswith(".ckpt") else str(name)

@@ -3,11 +3,11 @@
 ``longrope data`` draws it of a datamodule and writes its numbers beside it; a report draws it again from those.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_longrope.reading import blaming, number, read_table, whole
 from lightning_longrope.reporting import drawing
 from lightning_longrope.reporting.data_tables import amount_text, class_names, shown_name
 from lightning_longrope.reporting.drawing import INK, RULE, SOFT, Plot
@@ -60,11 +60,13 @@ def read_data_rows(path: Path) -> list[DataRow]:
     Raises:
         ValueError: If the file does not hold them.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    if not rows or tuple(rows[0]) != _COLUMNS:
-        raise ValueError(f"{path} does not have the columns {', '.join(_COLUMNS)}")
-    return [DataRow(row[0], int(row[1]), int(row[2]), int(row[3]), float(row[4]), float(row[5])) for row in rows[1:]]
+    with blaming(f"{path} does not hold the numbers of a figure"):
+        return [_data_row([row[name] for name in _COLUMNS]) for _, row in read_table(path, _COLUMNS)]
+
+
+def _data_row(cells: list[str]) -> DataRow:
+    source, *counts = cells[:4]
+    return DataRow(source, *map(whole, counts), *map(number, cells[4:]))
 
 
 def data_figure(split: str, rows: list[DataRow]) -> Plot:

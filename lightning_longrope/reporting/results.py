@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from lightning_longrope.reading import number, read_table, whole
 from lightning_longrope.reporting.names import ACCURACIES, method_order
 
 
@@ -85,27 +86,24 @@ def read_results(path: Path) -> list[Result]:
         ValueError: If columns are missing, or a row holds something else than numbers where numbers belong.
     """
     rows = []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if missing := set(COLUMNS) - set(reader.fieldnames or ()):
-            raise ValueError(f"`{path}` needs the columns {','.join(COLUMNS)}, missing {','.join(sorted(missing))}.")
-        for row in reader:
-            try:
-                rows.append(_result(row))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"`{path}` line {reader.line_num} is not a measurement ({error}):"
-                    " measure again, or delete the line."
-                ) from error
+    for line, row in read_table(path, COLUMNS):
+        try:
+            rows.append(_result(row))
+        except ValueError as error:
+            raise ValueError(
+                f"`{path}` line {line} is not a measurement ({error}): measure again, or delete the line."
+            ) from error
     return rows
 
 
 def _result(row: dict[str, str]) -> Result:
     if not row["method"] or not row["metric"]:
         raise ValueError("method and metric must not be empty")
-    depth, low, high = (float(row[name]) if row[name] else None for name in ("depth", "low", "high"))
-    trials = int(row["n"]) if row["n"] else None
-    return Result(row["method"], row["metric"], int(row["length"]), depth, float(row["value"]), low, high, trials)
+    depth, low, high = (number(row[name]) if row[name] else None for name in ("depth", "low", "high"))
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"a depth is between 0 and 1, got {depth}")
+    trials = whole(row["n"]) if row["n"] else None
+    return Result(row["method"], row["metric"], whole(row["length"]), depth, number(row["value"]), low, high, trials)
 
 
 def join_results(stages: Sequence[Sequence[Result]]) -> tuple[Results, int]:

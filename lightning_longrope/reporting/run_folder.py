@@ -1,16 +1,14 @@
 """A run folder as data: what each stage configured, searched, trained and measured. Reads, never writes."""
 
-import csv
-import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.reading import MALFORMED, is_number, number, parse_yaml, read_json, read_table, read_text, whole
 from lightning_longrope.redaction import redact, redact_all
 from lightning_longrope.reporting.results import Result, Results, join_results, read_results
 from lightning_longrope.search.journal import read_journal
@@ -95,9 +93,8 @@ class Run:
         """Base of the rotary embedding: what the search wrote down, else the first ``rope_theta`` of the configs."""
         searches = [search for search in (stage.search, stage.recovery) if search is not None]
         known = next((base for search in searches if (base := search.state.get("base")) is not None), None)
-        configs = [stage.config, *(other.config for other in self.stages)]
-        found = [known, *(_find(_yaml(text), "rope_theta") for text in configs if text)]
-        return next((float(value) for value in found if value is not None), None)
+        found = [known, *(_find(config_of(one), "rope_theta") for one in (stage, *self.stages))]
+        return next((base for value in found if (base := _base(value)) is not None), None)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -153,10 +150,11 @@ def _stage(name: str, folder: Path | None, entry: dict[str, Any], notes: list[st
     if folder is None:
         return Stage(name, **done)
     results, positions = (folder / "eval" / name for name in ("results.csv", "positions.csv"))
+    config = folder / "config.yaml"
     return Stage(
         name,
         folder,
-        config=_config(folder / "config.yaml"),
+        config=_try(lambda: redact(read_text(config)), config, notes),
         results=tuple(read_results(results)) if results.is_file() else (),
         search=read_search(folder / "search", notes),
         recovery=read_search(folder / "search_short", notes),
@@ -193,25 +191,20 @@ def _losses(folder: Path, notes: list[str]) -> tuple[Curve, ...]:
 
 
 def _logged_losses(path: Path) -> list[tuple[str, int, float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            (column.removesuffix("_step"), int(row["step"]), float(text))
-            for row in csv.DictReader(file)
-            for column, text in row.items()
-            if text and "loss" in column and not column.endswith("_epoch")
-        ]
+    return [
+        (column.removesuffix("_step"), whole(row["step"]), number(text))
+        for _, row in read_table(path, ["step"])
+        for column, text in row.items()
+        if text and "loss" in column and not column.endswith("_epoch")
+    ]
 
 
 def _positions(path: Path) -> tuple[PositionMean, ...]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return tuple(
-            PositionMean(
-                row["method"],
-                *(int(row[name]) for name in ("length", "start", "end")),
-                *(float(row[name]) for name in ("nll", "low", "high")),
-            )
-            for row in csv.DictReader(file)
-        )
+    counts, values = ("length", "start", "end"), ("nll", "low", "high")
+    return tuple(
+        PositionMean(row["method"], *(whole(row[name]) for name in counts), *(number(row[name]) for name in values))
+        for _, row in read_table(path, ["method", *counts, *values])
+    )
 
 
 def _columns(values: dict[int, float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -229,13 +222,13 @@ def _try(read: Callable[[], Any], path: Path, notes: list[str]) -> Any:
         return None
     try:
         return read()
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (*MALFORMED, OSError) as error:
         notes.append(f"{path.parent.name}/{path.name} could not be read: {error}")
         return None
 
 
 def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
-    value = _try(lambda: json.loads(path.read_text(encoding="utf-8")), path, notes)
+    value = _try(lambda: read_json(path), path, notes)
     return redact_all(value) if isinstance(value, dict) else {}
 
 
@@ -243,20 +236,23 @@ def _optional_text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _config(path: Path) -> str | None:
-    """The text of a configuration, without credentials."""
-    return redact(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
-
-
 def _number(path: Path) -> list[tuple[int, str]]:
     """Natural order: 2-search before 10-export, version_9 before version_10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def _yaml(text: str) -> Any:
+def _base(value: Any) -> float | None:
+    """A base as YAML and JSON have it, where ``1e4`` is a text; None for what is no number."""
+    with suppress(ValueError):
+        return number(str(value)) if is_number(value) or isinstance(value, str) else None
+    return None
+
+
+def config_of(stage: Stage) -> Any:
+    """What the configuration of a stage says; None if it has none, or one that is damaged."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(stage.config or "", "config.yaml")
+    except ValueError:
         return None
 
 

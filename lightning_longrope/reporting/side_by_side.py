@@ -8,9 +8,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_longrope.files import write_text
+from lightning_longrope.reading import parse_yaml
 from lightning_longrope.reporting import page, run_figures, tables
 from lightning_longrope.reporting.names import length_text, metric_name, palette, run_slot, seconds_text
 from lightning_longrope.reporting.results import COLUMNS, Results, table_text
@@ -225,8 +224,8 @@ def _settings(run: Run) -> Iterator[tuple[str, str]]:
 
 def _loaded(config: str | None) -> dict[str, Any]:
     try:
-        return page.mapping(yaml.safe_load(config or ""))
-    except yaml.YAMLError:
+        return page.mapping(parse_yaml(config or "", "config.yaml"))
+    except ValueError:
         return {}
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_longrope.reading import blaming
 from lightning_longrope.search.space import Candidate
 
 _TAIL = len(', "crc": "00000000"}')
@@ -70,7 +71,8 @@ class Journal:
         else:
             self._write([{"fingerprint": strict_json(fingerprint)}])
         self.records: list[dict[str, Any]] = lines[1:]
-        self._by_candidate = {_key(record): record for record in self.records}
+        with blaming(f"`{path}` holds a line that is no evaluation"):
+            self._by_candidate = {_key(record): record for record in self.records}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -135,14 +137,15 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
             f"`{path}` line {number} is damaged: its checksum does not match."
             " Cut the file before that line to search on from there, or start a new folder."
         )
-    record: dict[str, Any] = json.loads(body + b"}")
-    return record
+    with blaming(f"`{path}` line {number} is no line of a search"):
+        return dict(json.loads(body + b"}"))
 
 
 def _header(path: str | Path, first: dict[str, Any]) -> dict[str, Any]:
     if "fingerprint" not in first:
         raise ValueError(f"`{path}` line 1 must hold the fingerprint of the search, got the keys {sorted(first)}.")
-    return dict(first["fingerprint"])
+    with blaming(f"`{path}` line 1 does not hold the fingerprint of a search"):
+        return dict(first["fingerprint"])
 
 
 def _key(record: Mapping[str, Any]) -> tuple[tuple[float, ...], int, float]:

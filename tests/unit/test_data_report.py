@@ -59,7 +59,7 @@ def test_the_figure_is_saved_with_its_numbers_and_drawn_again_from_them(summary,
     alone = data_figure("test", [row for row in rows if row.source == "c"])
     assert "<svg" in alone.svg(narrow=False)
     (tmp_path / "other.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(ValueError, match="does not have the columns source"):
+    with pytest.raises(ValueError, match="needs the columns source"):
         read_data_rows(tmp_path / "other.csv")
 
 
