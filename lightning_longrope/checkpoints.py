@@ -8,9 +8,12 @@ known classes of DeepSpeed and torch.
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
-from contextlib import redirect_stdout, suppress
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from typing_extensions import override
+
+from lightning_longrope.out_of_memory import is_out_of_memory
+from lightning_longrope.reading import MALFORMED, read_text
 
 _WEIGHTS_PREFIX = "model."  # of the model inside a LongRoPEModule
 _DEEPSPEED = {
@@ -67,12 +73,17 @@ def read_checkpoint(path: Path, values: bool = True) -> tuple[dict[str, Any], di
         ValueError: If there is no such checkpoint, another module has written it, or it is not whole or not safe.
     """
     extra = _read_extra(path)
+    if values:
+        for file in _archives(path):
+            _check_whole(file)
     if is_deepspeed(path):
         weights = _read_deepspeed(path, extra, values)
     elif _is_distributed(path):
         weights = _read_distributed(path, values)
     else:
-        weights = extra["state_dict"]
+        weights = extra.get("state_dict", {})
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise ValueError(f"{path} is damaged, or no checkpoint: it has no weights.")
     return extra["longrope"], {
         name.removeprefix(_WEIGHTS_PREFIX): tensor
         for name, tensor in weights.items()
@@ -101,7 +112,7 @@ def _read_extra(path: Path) -> dict[str, Any]:
         extra = _load(path)
     else:
         raise ValueError(f"No checkpoint at {path}: expected a file, or a folder written by DeepSpeed or FSDP2.")
-    if "longrope" not in extra:
+    if not isinstance(extra, dict) or not isinstance(extra.get("longrope"), dict):
         raise ValueError(f"{path} was not written by LongRoPEModule: it has no `longrope` entry.")
     return dict(extra)
 
@@ -168,8 +179,27 @@ def check_safe(path: Path) -> None:
         _check_file(file)
 
 
+def check_resumable(path: Path) -> None:
+    """Refuses to resume from a checkpoint of any kind in which there is code to run, before anything reads it.
+
+    Whoever resumes may unpickle without restrictions: DeepSpeed, the index of torch's distributed checkpoints, and
+    Lightning before 2.6.
+
+    Raises:
+        ValueError: If there is any, or the checkpoint is damaged.
+    """
+    if is_deepspeed(path):
+        check_safe(path)
+    elif _is_distributed(path):
+        _read_index(path)
+        _check_file(path / "meta.pt")
+    elif path.is_file():
+        _check_file(path)
+
+
 def _check_file(file: Path) -> None:
-    unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _DEEPSPEED
+    with _reading(file):
+        unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _DEEPSPEED
     if unknown:
         raise ValueError(f"{file} holds objects that are not safe to read: {', '.join(sorted(unknown))}.")
 
@@ -186,7 +216,11 @@ def is_deepspeed(path: Path) -> bool:
 
 
 def _tag_folder(path: Path) -> Path:
-    return path / (path / "latest").read_text(encoding="utf-8").strip()
+    """The folder that ``latest`` names, which is one inside."""
+    name = read_text(path / "latest", 4096).strip()
+    if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+        raise ValueError(f"{path / 'latest'} must name a folder beside it, got {name!r}.")
+    return path / name
 
 
 def _is_distributed(path: Path) -> bool:
@@ -194,7 +228,39 @@ def _is_distributed(path: Path) -> bool:
 
 
 def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with _reading(path):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Makes one line of the many errors with which torch meets a damaged file."""
+    try:
+        yield
+    except (RuntimeError, pickle.PickleError, EOFError, OSError, struct.error, zipfile.BadZipFile, *MALFORMED) as error:
+        if is_out_of_memory(error):
+            raise
+        cause = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{path} is damaged, or no checkpoint: {cause.rstrip('.')}.") from error
+
+
+def _archives(path: Path) -> list[Path]:
+    """The files whose weights torch maps into memory, where it compares no checksum."""
+    if is_deepspeed(path):
+        return sorted(_tag_folder(path).glob("*_states.pt"))
+    return [] if _is_distributed(path) else [path]
+
+
+def _check_whole(file: Path) -> None:
+    """Compares what a file holds with the CRC-32 that torch has saved: what a disk has changed is a number too.
+
+    Raises:
+        ValueError: If it differs.
+    """
+    with _reading(file), zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{file} is damaged: the checksum of {damaged} is another.")
 
 
 def _model_files(path: Path) -> list[Path]:
@@ -208,7 +274,7 @@ def _model_files(path: Path) -> list[Path]:
 def _read_deepspeed(path: Path, extra: dict[str, Any], values: bool) -> dict[str, Tensor]:
     """The weights of a DeepSpeed folder."""
     if not saved_ranks(path):  # stage 0
-        weights: dict[str, Tensor] = extra["module"]
+        weights: dict[str, Tensor] = extra.get("module", {})
         return weights
     check_safe(path)
     choose_accelerator()
@@ -218,14 +284,11 @@ def _read_deepspeed(path: Path, extra: dict[str, Any], values: bool) -> dict[str
         raise ValueError(
             f"{path} is a DeepSpeed checkpoint, which needs DeepSpeed: pip install lightning-longrope[deepspeed]."
         ) from error
-    try:
-        with redirect_stdout(io.StringIO()):  # it prints
-            # unpickles without restrictions, hence the check above
-            state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_tag_folder(path).name, lazy_mode=True)
-            tensors: dict[str, Tensor] = to_torch_tensor(state, return_empty_tensor=not values)
-            return tensors
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{path} is not whole: {error}") from error
+    with _reading(path), redirect_stdout(io.StringIO()):  # it prints
+        # unpickles without restrictions, hence the check above
+        state = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=_tag_folder(path).name, lazy_mode=True)
+        tensors: dict[str, Tensor] = to_torch_tensor(state, return_empty_tensor=not values)
+        return tensors
 
 
 def _read_distributed(path: Path, values: bool) -> dict[str, Tensor]:
@@ -233,21 +296,37 @@ def _read_distributed(path: Path, values: bool) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-    with (path / ".metadata").open("rb") as index:
-        metadata = _Index(index).load()  # torch unpickles it without restrictions
-    found = {
-        names[1]: metadata.state_dict_metadata[key]
-        for key, names in metadata.planner_data.items()
-        if names[0] == "state_dict"
-    }
+    metadata = _read_index(path)
+    with _reading(path / ".metadata"):
+        found = {
+            names[1]: metadata.state_dict_metadata[key]
+            for key, names in metadata.planner_data.items()
+            if names[0] == "state_dict"
+        }
     if pickled := sorted(name for name, kind in found.items() if not isinstance(kind, TensorStorageMetadata)):
         raise ValueError(f"{path} holds weights that are not safe to read, being no tensors: {', '.join(pickled)}.")
-    if not values:
-        return {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in found.items()}
-    loaded: dict[str, Any] = {}
-    planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
-    _load_state_dict(loaded, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
-    return dict(loaded["state_dict"])
+    with _reading(path):
+        if not values:
+            return {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in found.items()}
+        loaded: dict[str, Any] = {}
+        planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
+        _load_state_dict(loaded, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+        return dict(loaded["state_dict"])
+
+
+def _read_index(path: Path) -> Any:
+    """The index of a distributed checkpoint.
+
+    Raises:
+        ValueError: If it is damaged, has code to run, or names a file outside of the checkpoint.
+    """
+    file = path / ".metadata"
+    with _reading(file), file.open("rb") as index:
+        metadata = _Index(index).load()  # torch unpickles it without restrictions
+        names = {part.relative_path for part in metadata.storage_data.values()}
+    if outside := sorted(name for name in names if Path(name).name != name):
+        raise ValueError(f"{file} must name files beside it, got {outside[0]!r}.")
+    return metadata
 
 
 class _Index(pickle.Unpickler):

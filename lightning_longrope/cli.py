@@ -29,7 +29,7 @@ from lightning_longrope.callbacks.harness_tasks import HarnessTasks
 from lightning_longrope.callbacks.measurement import MeasuringCallback, TableAt
 from lightning_longrope.callbacks.peer_watch import PeerWatch
 from lightning_longrope.callbacks.retrieval import RetrievalCallback
-from lightning_longrope.checkpoints import choose_accelerator
+from lightning_longrope.checkpoints import check_resumable, choose_accelerator
 from lightning_longrope.files import write_text
 from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
@@ -279,6 +279,7 @@ class LongRoPECLI(LightningCLI):
         config = self.config[self.subcommand]
         trainer = config.trainer
         take_launched_processes(trainer)
+        check_resumed(config.get("ckpt_path"), config.get("weights_only"))
         keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
         if str(trainer.precision).startswith("bf16") and not bf16_runs():
             log.info("This processor has no bf16: going on in float32 (trainer.precision=32-true).")
@@ -299,6 +300,19 @@ class LongRoPECLI(LightningCLI):
         if not self.check:
             super()._run_subcommand(subcommand)
             finish(self.trainer)
+
+
+def check_resumed(path: str | None, weights_only: bool | None) -> None:
+    """Refuses a checkpoint to resume from that would run code, unless ``weights_only`` is false.
+
+    Raises:
+        ValueError: If it would, is damaged, or is to be loaded from the network, which Lightning does without checks.
+    """
+    if path is None or weights_only is False:
+        return
+    if "://" in path:
+        raise ValueError("`ckpt_path` must be a file or a folder here: download the checkpoint first.")
+    check_resumable(Path(path))
 
 
 def take_launched_processes(trainer: Any) -> None:

@@ -1,10 +1,14 @@
 """Loads causal language models and their tokenizers from a hub, a folder, an export or a checkpoint of this package."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,7 +24,8 @@ from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
 from lightning_longrope.factors import FACTORS_FILE
 from lightning_longrope.lora import LoRA, merged_weights
 from lightning_longrope.model import install_factors
-from lightning_longrope.reading import blaming, read_yaml
+from lightning_longrope.out_of_memory import is_out_of_memory
+from lightning_longrope.reading import blaming, read_json_object, read_yaml
 from lightning_longrope.tables import LengthTables
 
 PRETRAINED_ROPE = "pretrained_rope"
@@ -73,25 +78,57 @@ def _loaded(
     path = Path(str(name_or_path))
     if is_checkpoint(path):
         return _load_checkpoint(path, how)
-    try:
+    with _loading("model", str(name_or_path)):
+        if path.is_dir():
+            _check_index(path)
         if (path / FACTORS_FILE).is_file():
             return _load_exported(path, how, trust_remote_code)
-        return AutoModelForCausalLM.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code, **how)
-    except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load("model", str(name_or_path), error)) from error
+        return _whole_model(str(name_or_path), trust_remote_code=trust_remote_code, **how)
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder or hub name, or the one near a ``.ckpt``.
+
+    Args:
+        name_or_path: The folder, name or checkpoint.
+        trust_remote_code: Let a hub tokenizer run its own code.
 
     Raises:
         ValueError: If there is none.
     """
     near = find_tokenizer(Path(name_or_path)) if is_checkpoint(Path(name_or_path)) else None
-    try:
-        return AutoTokenizer.from_pretrained(near or str(name_or_path))
-    except (OSError, ValueError) as error:
-        raise ValueError(_cannot_load("tokenizer", str(name_or_path), error)) from error
+    with _loading("tokenizer", str(name_or_path)):
+        # with None in place of False transformers would ask a person, and wait
+        return AutoTokenizer.from_pretrained(near or str(name_or_path), trust_remote_code=trust_remote_code)
+
+
+def _check_index(folder: Path) -> None:
+    """Refuses an index of shards that names a file outside of its folder.
+
+    Raises:
+        ValueError: If it does.
+    """
+    for path in folder.glob("*.index.json"):
+        shards = read_json_object(path).get("weight_map", {})
+        if not isinstance(shards, dict):
+            raise ValueError(f"{path} must have a mapping of weights to files as `weight_map`.")
+        for name in shards.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{path} must name files beside it, got {name!r}.")
+
+
+def _whole_model(name_or_path: str, **options: Any) -> PreTrainedModel:
+    """The pretrained model of a name or folder.
+
+    Raises:
+        ValueError: If its files lack weights, which transformers makes at random, or have layers that it leaves out.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+    lost = sorted(name for name in found["unexpected_keys"] if re.search(r"\.\d+\..*\.weight$", name))
+    for what, names in (("lack", sorted(found["missing_keys"])), ("hold, beyond what config.json describes,", lost)):
+        if names:
+            raise ValueError(f"its files {what} {len(names)} weights, {names[0]} among them")
+    return model
 
 
 def find_tokenizer(checkpoint: Path) -> str | None:
@@ -115,13 +152,25 @@ def _given_tokenizer(checkpoint: Path) -> str | None:
     return find_tokenizer(Path(name)) if name and Path(name).exists() else name
 
 
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Makes one line of whatever transformers and its libraries, which have many kinds of errors, meet in a folder."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(_cannot_load(what, name, error)) from error
+
+
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     """One line on a name that leads nowhere."""
     if Path(name).is_dir():
         tried = "it is a folder, but not one that transformers can load"
     else:
         tried = "there is no such folder here, and as a hub name it did not resolve"
-    return f"Cannot load a {what} from {name!r}: {tried} ({str(error).strip().splitlines()[0]})."
+    cause = next(iter(str(error).strip().splitlines()), "") if isinstance(error, OSError | ValueError) else repr(error)
+    return f"Cannot load a {what} from {name!r}: {tried} ({cause.rstrip('.')})."
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -158,7 +207,7 @@ def _load_exported(path: Path, how: dict[str, Any], trust_remote_code: bool) -> 
     if hasattr(config.get_text_config(), CUSTOM_CODE):
         del config.auto_map  # to code that says in other words what is installed here
     _undo_rescaling(config.get_text_config())
-    model = AutoModelForCausalLM.from_pretrained(str(path), config=config, trust_remote_code=trust_remote_code, **how)
+    model = _whole_model(str(path), config=config, trust_remote_code=trust_remote_code, **how)
     install_factors(model, factors)
     return model
 
@@ -179,6 +228,14 @@ def _load_checkpoint(path: Path, how: dict[str, Any]) -> PreTrainedModel:
     """The model of a checkpoint written by ``LongRoPEModule``."""
     partitioned = is_deepspeed_zero3_enabled()  # while it is read, from the values of the first rank
     saved, weights = read_checkpoint(path, values=not partitioned or torch.distributed.get_rank() == 0)
+    with _loading("model", str(path)):
+        return _of_checkpoint(saved, weights, partitioned, how)
+
+
+def _of_checkpoint(
+    saved: dict[str, Any], weights: dict[str, Tensor], partitioned: bool, how: dict[str, Any]
+) -> PreTrainedModel:
+    """The model of what a checkpoint holds."""
     entries = dict(saved["config"])
     config = AutoConfig.for_model(entries.pop("model_type"), **entries)
     if (adapters := saved.get("lora")) is not None:

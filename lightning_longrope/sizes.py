@@ -26,13 +26,13 @@ def read_config(
     if config is not None:
         return new_config(config)
     path = Path(str(name_or_path))
-    if is_checkpoint(path):
-        entries = dict(read_entry(path)["config"])
-        return AutoConfig.for_model(entries.pop("model_type"), **entries)
+    entries = dict(read_entry(path)["config"]) if is_checkpoint(path) else None
     try:
+        if entries is not None:
+            return AutoConfig.for_model(entries.pop("model_type"), **entries)
         return AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # those of the libraries that check a config are of many kinds
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"Cannot read the config of the model {str(name_or_path)!r}: {first}") from error
 
 

@@ -64,7 +64,7 @@ class HarnessTasks(MeasuringCallback):
         datamodule = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "tokenizer"):  # the tasks bring their own text
             self._resolved = self.lengths or (window(module.model),)
-            self._tokenizer = self._tokenizer or load_tokenizer(module.name_or_path)
+            self._tokenizer = self._tokenizer or load_tokenizer(module.name_or_path, module.trust_remote_code)
         else:
             super().connect(trainer)
 

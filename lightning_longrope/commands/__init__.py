@@ -12,8 +12,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_longrope import peers
 from lightning_longrope.out_of_memory import is_out_of_memory
+from lightning_longrope.redaction import redact
 
 log = logging.getLogger("lightning_longrope")
+
+_LONGEST = 1500  # characters of an error; files that are none of the expected kind are quoted in it
 
 COMMANDS = {"run": "recipe.run", "estimate": "estimate.estimate"}
 COMMANDS |= dict.fromkeys(("fit", "validate", "test", "search", "compare"), "train.trainer")
@@ -57,11 +60,12 @@ def run_command(command: str, arguments: list[str]) -> int:
 
 
 def _line(error: Exception) -> str:
-    """An error in one line; what was noted on it comes first, since it is what to do."""
+    """An error in one line that may be shown to anybody; what was noted on it comes first, since it is what to do."""
     text = " ".join(str(error).split())
     if notes := getattr(error, "__notes__", []):
-        return f"{' '.join(notes)} ({text.split(' Exception raised from', 1)[0]})"
-    return text
+        text = f"{' '.join(notes)} ({text.split(' Exception raised from', 1)[0]})"
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in redact(text))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 200]} ... {text[-195:]}"
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

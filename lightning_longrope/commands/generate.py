@@ -69,7 +69,7 @@ def answer(
             f" got {max_new_tokens} and {temperature}."
         )
     text = sys.stdin.read() if prompt_file == "-" else _text_of(Path(prompt_file))
-    tokens = load_tokenizer(tokenizer or model)
+    tokens = load_tokenizer(tokenizer or model, trust_remote_code)
     input_ids = _prompt(tokens, text, chat)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype or ("bfloat16" if device == "cuda" else "float32")

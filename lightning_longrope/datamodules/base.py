@@ -117,7 +117,7 @@ class TokenDataModule(LightningDataModule):
         if (name := getattr(model, "name_or_path", None)) is not None:
             from lightning_longrope.loading import load_tokenizer
 
-            return load_tokenizer(name)
+            return load_tokenizer(name, getattr(model, "trust_remote_code", False))
         raise ValueError(f"{type(self).__name__} needs `tokenizer`: the name or folder of a Hugging Face tokenizer.")
 
     @property

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_longrope.reading import MALFORMED
+
 Message = dict[str, Any]
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -58,7 +60,8 @@ def messages_of(record: dict[str, Any]) -> list[Message]:
         messages = [*_turn(record["prompt"], "user"), *_turn(answer, "assistant")]
     elif "instruction" in record and "output" in record:
         parts = [record["instruction"], record.get("input")]
-        messages = [*_turn("\n\n".join(part for part in parts if part), "user"), *_turn(record["output"], "assistant")]
+        asked = "\n\n".join(_text(part) for part in parts if part)
+        messages = [*_turn(asked, "user"), *_turn(record["output"], "assistant")]
     else:
         raise ValueError(f"no conversation, only {sorted(record)}: expected {_FORMS}")
     if not any(message["role"] == "assistant" for message in messages):
@@ -158,7 +161,7 @@ def _render(messages: list[Message], tokenizer: Any, template: str, prompt: bool
                 messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
             )
         )
-    except TemplateError as error:
+    except (TemplateError, *MALFORMED) as error:
         raise ValueError(f"the chat template refuses the conversation ({error})") from error
 
 
@@ -174,7 +177,7 @@ def _marked(messages: list[Message], tokenizer: Any, template: str) -> tuple[str
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    except TemplateError as error:
+    except (TemplateError, *MALFORMED) as error:
         raise ValueError(f"the chat template refuses the conversation ({error})") from error
     return texts[0], spans[0]
 

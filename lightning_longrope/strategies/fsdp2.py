@@ -1,10 +1,13 @@
 """Weights, gradients and optimizer states sharded over all ranks by FSDP2, with sequence parallelism."""
 
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
+from lightning_longrope.checkpoints import check_resumable
 from lightning_longrope.strategies.sequence_parallel import SequenceParallel
 
 
@@ -35,6 +38,14 @@ class LongContextFSDP2Strategy(SequenceParallel, ModelParallelStrategy):
             timeout=timeout,
             sequence_parallel_size=sequence_parallel_size,
         )
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restores what was saved, unless there is code in it to run; see ``check_resumable``."""
+        path = Path(self.broadcast(checkpoint_path))
+        if weights_only is not False:
+            check_resumable(path)
+        return super().load_checkpoint(path, weights_only)
 
     @override
     def setup_environment(self) -> None:

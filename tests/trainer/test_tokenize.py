@@ -90,7 +90,7 @@ def test_processes_write_the_same_store_and_the_fragment_is_a_configuration(home
     ("words", "message"),
     [
         ([], "needs a datamodule"),
-        (["-c", "missing.yaml"], "Cannot read the configuration missing.yaml"),
+        (["-c", "missing.yaml"], "Cannot read 'missing.yaml'"),
         ([f"--data={FRAGMENT}", "--data.on_eror=skip"], "on_eror"),
         (["--verify", "nowhere"], "nowhere is no token store: it has no manifest.json"),
         (["--verify", "nowhere", "--data.seq_len=3"], "got --data.seq_len=3 too"),
@@ -149,7 +149,7 @@ def test_a_manifest_cannot_send_the_reader_out_of_its_folder(home, tmp_path):
     manifest["files"]["../secret"] = manifest["files"].pop("skipped.jsonl")
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"names the files \['\.\./secret', .*\], but a store has"):
+    with pytest.raises(ValueError, match=r"the files \['\.\./secret', .*\] in place of"):
         token_store.TokenStore.open(folder, byte_level())
 
 

@@ -24,6 +24,8 @@ from lightning_longrope.datamodules.readers.records import (
 )
 
 CHUNK = 1 << 20  # bytes read at a time
+PACKED = {".gz": 1 << 16, ".zst": 1 << 12}  # the same of packed files, which grow at most 1,030 and 32,768 times
+LONGEST = 1 << 31  # bytes of a record; a few megabytes of zeros, packed, would fill any memory
 ROWS = 32  # rows of a Parquet file read at a time
 
 
@@ -140,8 +142,10 @@ def _read_json(chunks: Chunks) -> Reader:
 
     def read(file: Path, fields: Fields, meter: Meter) -> Iterator[Item]:
         unpacked = chunks(file, meter)
+        first = b""
         try:
-            first = next(unpacked, b"")
+            while not first.removeprefix(b"\xef\xbb\xbf").strip() and (chunk := next(unpacked, None)) is not None:
+                first += chunk  # packed files begin with chunks of nothing
         except DAMAGE as error:
             yield _damaged(file, 1, error)
             return
@@ -150,7 +154,7 @@ def _read_json(chunks: Chunks) -> Reader:
             yield from _guarded(_lines(stream), file, fields)
             return
         try:
-            records = _parse(b"".join(stream).removeprefix(b"\xef\xbb\xbf"), file, 1)
+            records = _parse(_joined(stream).removeprefix(b"\xef\xbb\xbf"), file, 1)
         except DAMAGE as error:
             records = _damaged(file, 1, error)
         if isinstance(records, BadRecord):
@@ -197,7 +201,7 @@ def _read_text(chunks: Chunks) -> Reader:
     def read(file: Path, fields: Fields, meter: Meter) -> Iterator[Item]:
         fields = Fields("text" if callable(fields.text) else fields.text, fields.source)
         try:
-            yield fields.document({fields.text: b"".join(chunks(file, meter)).decode("utf-8-sig")}, file, 1)
+            yield fields.document({fields.text: _joined(chunks(file, meter)).decode("utf-8-sig")}, file, 1)
         except UnicodeDecodeError as error:
             yield BadRecord("not_utf8", f"not UTF-8 ({error.reason} at byte {error.start})", file, 1)
         except DAMAGE as error:
@@ -248,7 +252,7 @@ def _read_group(table: Any, group: int, names: list[str], file: Path, fields: Fi
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Lines without their ends; only a line feed ends one, as JSON lines has it."""
     parts: list[bytes] = []
-    for chunk in chunks:
+    for chunk in _limited(chunks):
         first, *others = chunk.split(b"\n")
         parts.append(first)
         if others:
@@ -258,6 +262,27 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     yield _taken(parts)
 
 
+def _limited(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks, if there are line ends in them now and then."""
+    size = 0
+    for chunk in chunks:
+        size = len(chunk) - chunk.rfind(b"\n") - 1 if b"\n" in chunk else size + len(chunk)
+        if size > LONGEST:
+            raise EOFError(f"a record has more than {LONGEST} bytes")
+        yield chunk
+
+
+def _joined(chunks: Iterable[bytes]) -> bytes:
+    """All of a file that is one record."""
+    parts, size = [], 0
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size > LONGEST:
+            raise EOFError(f"it has more than {LONGEST} bytes: only JSON lines may be so long")
+    return b"".join(parts)
+
+
 def _taken(parts: list[bytes]) -> bytes:
     """The parts joined; the list is emptied, so that a long line is not there twice."""
     line = b"".join(parts)
@@ -265,9 +290,9 @@ def _taken(parts: list[bytes]) -> bytes:
     return line
 
 
-def _plain(file: Path, meter: Meter) -> Iterator[bytes]:
+def _plain(file: Path, meter: Meter, size: int = CHUNK) -> Iterator[bytes]:
     with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
+        while chunk := stream.read(size):
             meter.bytes += len(chunk)
             yield chunk
 
@@ -275,7 +300,7 @@ def _plain(file: Path, meter: Meter) -> Iterator[bytes]:
 def _gzip(file: Path, meter: Meter) -> Iterator[bytes]:
     """Unlike ``gzip.open`` this gives all there is of a file that is cut off, before it is an error."""
     member = None
-    for chunk in _plain(file, meter):
+    for chunk in _plain(file, meter, PACKED[".gz"]):
         while chunk:
             member = member or zlib.decompressobj(wbits=31)
             yield member.decompress(chunk)
@@ -288,7 +313,7 @@ def _gzip(file: Path, meter: Meter) -> Iterator[bytes]:
 def _zstd(file: Path, meter: Meter) -> Iterator[bytes]:
     """Unlike ``zstandard.open`` this reads every frame of the file, and a file that is cut off is an error."""
     frame = None
-    for chunk in _plain(file, meter):
+    for chunk in _plain(file, meter, PACKED[".zst"]):
         while chunk:
             frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             yield frame.decompress(chunk)
