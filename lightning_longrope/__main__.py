@@ -2,6 +2,8 @@
 
 import sys
 
+from lightning_longrope.stopping import STATUS, StoppedError, stoppable
+
 USAGE = """\
 longrope: a context window up to 2,048k tokens for any RoPE language model
 
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Words after ``longrope``; those of the process by default.
 
     Returns:
-        The exit status: 0, or 2 after one line that says what a user can mend.
+        The exit status: 0; 2 after one line that says what a user can mend; 143 after one that says that SIGTERM came.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -41,9 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         sys.stdout.write(f"longrope {__version__}\n")
         return 0
-    from lightning_longrope.commands import run_command
+    try:
+        with stoppable():
+            from lightning_longrope.commands import run_command
 
-    return run_command(arguments[0], arguments[1:])
+            return run_command(arguments[0], arguments[1:])
+    except StoppedError as stop:
+        if stop.first or not stop.together:
+            sys.stderr.write(f"longrope: {stop}\n")
+        return STATUS
 
 
 if __name__ == "__main__":

@@ -129,6 +129,13 @@ def put_back(path: Path) -> None:
             replaced_by(path).rename(path)
 
 
+def put_back_all(folder: Path) -> None:
+    """``put_back`` for every checkpoint of a folder."""
+    before, _, after = replaced_by(folder / "*").name.partition("*")
+    for replaced in folder.glob(f"{before}*{after}"):
+        put_back(folder / replaced.name.removeprefix(before).removesuffix(after))
+
+
 def saved_ranks(path: Path) -> int:
     """Over how many ranks the optimizer states of a DeepSpeed folder are partitioned; 0 if they are not."""
     return len(list(_tag_folder(path).glob("*_optim_states.pt")))

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,9 +12,11 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_longrope import peers
 from lightning_longrope.callbacks.comparison import (
     METHODS,
     SECOND,
@@ -29,15 +31,17 @@ from lightning_longrope.callbacks.harness_tasks import HarnessTasks
 from lightning_longrope.callbacks.measurement import MeasuringCallback, TableAt
 from lightning_longrope.callbacks.peer_watch import PeerWatch
 from lightning_longrope.callbacks.retrieval import RetrievalCallback
-from lightning_longrope.checkpoints import check_resumable, choose_accelerator
-from lightning_longrope.files import write_text
+from lightning_longrope.callbacks.save_on_stop import SaveOnStop
+from lightning_longrope.checkpoints import check_resumable, choose_accelerator, put_back_all
+from lightning_longrope.files import naming, write_text
+from lightning_longrope.locks import hold
 from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
-from lightning_longrope.peers import launched
 from lightning_longrope.reading import check_yaml
 from lightning_longrope.redaction import redact
 from lightning_longrope.reporting.results import Results, read_results
 from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy  # noqa: F401 - by name in configs
+from lightning_longrope.strategies.whole_file import WholeFileIO
 from lightning_longrope.tables import LengthTables
 from lightning_longrope.tracking import finish, keep_wandb_id, log_config, log_results
 
@@ -294,12 +298,40 @@ class LongRoPECLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if not self.check:
             super().instantiate_classes()
+            self.trainer.callbacks.append(SaveOnStop())  # type: ignore[attr-defined]
+            if self.trainer.strategy._checkpoint_io is None:
+                self.trainer.strategy.checkpoint_io = WholeFileIO()
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.check:
-            super()._run_subcommand(subcommand)
-            finish(self.trainer)
+            with only_run(self.trainer.default_root_dir), naming(self.trainer.default_root_dir):
+                for saver in self.trainer.checkpoint_callbacks:
+                    if folder := getattr(saver, "dirpath", None):  # else `ckpt_path: last` would not see them
+                        put_back_all(Path(folder))
+                super()._run_subcommand(subcommand)
+                finish(self.trainer)
+
+
+@contextmanager
+def only_run(folder: str | Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; of the processes of this run, the first holds the lock for all.
+
+    Where a launcher has started several processes, all must call this.
+
+    Raises:
+        ValueError: On every process, naming the folder and who is at work there.
+    """
+
+    def enter() -> None:
+        if getattr(rank_zero_only, "rank", 0) == 0 and "://" not in str(folder):
+            stack.enter_context(hold(Path(folder) / ".lock", folder))
+
+    with ExitStack() as stack:
+        if (launcher := peers.launched()) is not None:
+            peers.connect(launcher)
+        peers.decide(enter)
+        yield
 
 
 def check_resumed(path: str | None, weights_only: bool | None) -> None:
@@ -324,7 +356,7 @@ def take_launched_processes(trainer: Any) -> None:
     Raises:
         ValueError: If the configuration asks for others than were started.
     """
-    environment = launched()
+    environment = peers.launched()
     if environment is None:
         return
     nodes = launched_nodes()

@@ -10,6 +10,7 @@ from lightning_longrope.callbacks.passkey import PasskeyRetrieval
 from lightning_longrope.callbacks.peer_watch import PeerWatch
 from lightning_longrope.callbacks.perplexity import PerplexityByLength
 from lightning_longrope.callbacks.prefix_perplexity import PrefixPerplexity
+from lightning_longrope.callbacks.save_on_stop import SaveOnStop
 from lightning_longrope.callbacks.sliding_perplexity import SlidingPerplexity
 from lightning_longrope.callbacks.throughput import Throughput
 
@@ -25,6 +26,7 @@ __all__ = [
     "PeerWatch",
     "PerplexityByLength",
     "PrefixPerplexity",
+    "SaveOnStop",
     "SlidingPerplexity",
     "Throughput",
 ]

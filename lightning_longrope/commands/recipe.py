@@ -5,6 +5,7 @@ goes on is decided by the first, which alone exports, keeps ``done.json`` and ``
 output folder must be on a file system that all nodes share.
 """
 
+import argparse
 import gc
 import json
 import logging
@@ -27,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_longrope import __version__, peers
 from lightning_longrope.checkpoints import put_back
-from lightning_longrope.cli import LongRoPECLI
+from lightning_longrope.cli import LongRoPECLI, only_run
 from lightning_longrope.commands.export import CHECKPOINT, export_arguments, export_checkpoint
 from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.files import write_json
@@ -57,12 +58,17 @@ def run(command: str, arguments: list[str]) -> None:
     stages = stages if given.seed is None else [with_seed(stage, given.seed) for stage in stages]
     for stage in stages:
         _check(stage, overrides)
-    if (launcher := peers.launched()) is not None:
-        peers.connect(launcher)
-        _check_shared(out)
+    with only_run(out):
+        if peers.current() is not None:
+            _check_shared(out)
+        _run_all(out, given, shlex.join(["longrope", command, *arguments]), stages, overrides)
+
+
+def _run_all(out: Path, given: argparse.Namespace, command: str, stages: list[Stage], overrides: list[str]) -> None:
+    """Runs what is not finished, and writes the report."""
     record = {
         "recipe": str(given.recipe),
-        "command": shlex.join(["longrope", command, *arguments]),
+        "command": command,
         "seed": given.seed,
         "versions": {"python": platform.python_version(), "lightning_longrope": __version__}
         | {name: version(name) for name in ("torch", "lightning", "transformers")},

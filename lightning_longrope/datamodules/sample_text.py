@@ -16,6 +16,8 @@ from typing_extensions import override
 from lightning_longrope.datamodules.base import Corpus, TokenDataModule, digest
 from lightning_longrope.datamodules.loader import ExtraRows
 from lightning_longrope.datamodules.store_writing import publish
+from lightning_longrope.files import naming
+from lightning_longrope.locks import hold
 from lightning_longrope.packing import Policy
 from lightning_longrope.retrieval import PasskeyPrompts
 
@@ -99,13 +101,11 @@ class SampleTextDataModule(TokenDataModule):
             return train_tokenizer(texts, self.vocab_size)
         folder = self.cache_dir / f"tokenizer-{digest(texts, self.vocab_size)}"
         if not folder.is_dir():
-            partial = folder.with_name(f".{folder.name}.{random.SystemRandom().getrandbits(64):x}.partial")
-            partial.mkdir(parents=True)
-            try:
+            with hold(folder.with_name(f".{folder.name}.lock"), folder, wait=True), naming(folder):
+                partial = folder.with_name(f".{folder.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
                 train_tokenizer(texts, self.vocab_size).save_pretrained(partial)
                 publish(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
         from lightning_longrope.loading import load_tokenizer
 
         return load_tokenizer(folder)

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_longrope.datamodules.hashing import Hasher
 from lightning_longrope.datamodules.readers import BadRecord, Document, Place, Reading, Skipped
-from lightning_longrope.files import write_json
+from lightning_longrope.files import naming, write_json
+from lightning_longrope.locks import hold
 from lightning_longrope.reading import read_json_object
 from lightning_longrope.tokenizing import PIECE, TEXTS, Encoder, Piece, encode_in_order
 
@@ -210,14 +210,15 @@ class Growing:
     def __init__(self, path: Path, state: dict[str, Any] | None = None) -> None:
         self.bytes: int = 0 if state is None else state["bytes"]
         self.blocks: list[int] = [] if state is None else list(state["blocks"])
-        self._file = path.open("ab")
+        self.path, self._file = path, path.open("ab")
         if self._file.tell() < self.bytes:
             raise ValueError(f"{path} is shorter than `progress.json` says: delete {path.parent} to begin anew.")
         self._file.truncate(self.bytes)
 
     def write(self, data: bytes | memoryview) -> None:
         """Appends bytes."""
-        self._file.write(data)
+        with naming(self.path):
+            self._file.write(data)
         for start, end in _blocks(self.bytes, self.bytes + len(data)):
             piece = data[start - self.bytes : end - self.bytes]
             if start % BLOCK:
@@ -228,12 +229,14 @@ class Growing:
 
     def sync(self) -> None:
         """Forces everything to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -387,13 +390,10 @@ def write_store(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return
-    lock = folder.with_name(f".{folder.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):  # released by the system if this process is killed
+    with hold(folder.with_name(f".{folder.name}.lock"), folder, wait=True):
         if not folder.is_dir():
             partial = folder.with_name(f".{folder.name}.partial")
             _write(partial, folder, documents, encoder, tokenizer, workers, fingerprint)
-        lock.unlink(missing_ok=True)  # only once the store is there: whoever still waits for it finds the store
 
 
 def _worth(documents: Iterable[Document | str]) -> int:
@@ -426,9 +426,10 @@ def _write(
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Moves a finished folder to its place in one step; does nothing if another process has put one there."""
+    """Moves a finished folder to its place in one step; removes it if another process has put one there."""
     try:
         partial.rename(folder)
     except OSError:
         if not folder.is_dir():
             raise
+        shutil.rmtree(partial, ignore_errors=True)

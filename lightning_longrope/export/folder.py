@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,9 @@ from lightning_longrope.export.card import Origin, model_card
 from lightning_longrope.export.custom_code import code_class, write_code
 from lightning_longrope.export.lost import Loss, plain_tables, what_is_lost
 from lightning_longrope.factors import FACTORS_FILE, RescaleFactors
-from lightning_longrope.files import write_text
+from lightning_longrope.files import naming, write_text
 from lightning_longrope.loading import PRETRAINED_ROPE
+from lightning_longrope.locks import hold
 from lightning_longrope.lora import merged_weights
 from lightning_longrope.model import candidate_rows, install_factors, installed_tables, probe_logits, rope_geometry
 from lightning_longrope.rotary import RescaledRotary, float32_rotary, rotary_output
@@ -195,19 +195,21 @@ def _check_free(folder: Path) -> None:
 @contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
     """A sibling folder to write into, which takes the place of ``folder`` only if all went well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, replaced = (folder.parent / f".{folder.name}.{os.getpid()}.{what}" for what in ("partial", "replaced"))
-    partial.mkdir()
-    try:
-        yield partial
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-    finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    partial, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "replaced"))
+    with hold(folder.with_name(f".{folder.name}.lock"), folder), naming(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            shutil.rmtree(replaced, ignore_errors=True)
+            if folder.exists():
+                folder.rename(replaced)
+            partial.rename(folder)
+        finally:
+            if replaced.exists() and not folder.exists():
+                replaced.rename(folder)
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _verify(kind: Any, folder: Path, model: PreTrainedModel, tables: LengthTables | None) -> None:

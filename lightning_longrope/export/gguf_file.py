@@ -6,7 +6,6 @@ speeds once more by ``rope.scaling.factor``, so that entries of other methods mu
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from lightning_longrope.export.lost import plain_tables, what_is_lost
+from lightning_longrope.files import naming
+from lightning_longrope.locks import hold
 from lightning_longrope.tables import LengthTables
 
 log = logging.getLogger(__name__)
@@ -60,14 +61,14 @@ def write_gguf(source: str | Path, out: str | Path, tables: LengthTables, lossy:
         )
     for loss in losses:
         log.warning("Lost in %s: %s.", out, loss)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _copy(gguf, reader, partial, architecture, plain)
-        _verify(gguf, partial, reader, plain)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    with hold(out.with_name(f".{out.name}.lock"), out), naming(out):
+        try:
+            _copy(gguf, reader, partial, architecture, plain)
+            _verify(gguf, partial, reader, plain)
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
     return out
 
 

@@ -31,6 +31,7 @@ from lightning.fabric.plugins.environments import (
 )
 
 from lightning_longrope.peers.lines import TIMEOUT, DecidedError, LostPeerError, Peer, Peers
+from lightning_longrope.stopping import StoppedError
 
 __all__ = [
     "TIMEOUT",
@@ -102,6 +103,8 @@ def explain(error: BaseException) -> bool:
 
     Otherwise the others learn that this process ends with the error.
     """
+    if isinstance(error, StoppedError) and error.together:
+        return False
     if _current is None or _current.explain(error) is None:
         return False
     _current.tell()

@@ -6,7 +6,6 @@ the page's style sheet, so that it follows dark mode; and once as a file, on whi
 
 import io
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_longrope.files import write_text
+from lightning_longrope.files import write_text, write_whole
 from lightning_longrope.reporting.names import Look, length_text, palette
 from lightning_longrope.reporting.results import table_text
 
@@ -43,9 +42,7 @@ class Plot:
     def save(self, folder: Path) -> None:
         """Writes ``<name>.png`` and ``<name>.csv``."""
         write_text(folder / f"{self.name}.csv", table_text(self.columns, self.rows))
-        partial = folder / f".{self.name}.{os.getpid()}.partial"
-        partial.write_bytes(self.png())
-        partial.replace(folder / f"{self.name}.png")
+        write_whole(folder / f"{self.name}.png", lambda file: file.write(self.png()))
 
     def png(self) -> bytes:
         """The figure as a PNG file, on white."""

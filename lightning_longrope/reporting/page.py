@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lightning_longrope.files import write_text
+from lightning_longrope.locks import hold
 from lightning_longrope.reporting import figures, tables
 from lightning_longrope.reporting.claims import paper_claims
 from lightning_longrope.reporting.drawing import Plot
@@ -48,12 +49,13 @@ def write_report(run: str | Path) -> Path:
     """
     data = read_run(run)
     plots = make_plots(data)
-    for plot in plots.values():
-        plot.save(data.folder / "figures")
-    if len(data.results):
-        write_text(data.folder / "results.csv", results_text(data.results))
     path = data.folder / "report.html"
-    write_text(path, render(data, plots))
+    with hold(data.folder / ".report.lock", path, wait=True):  # a report is also made while a run is at work
+        for plot in plots.values():
+            plot.save(data.folder / "figures")
+        if len(data.results):
+            write_text(data.folder / "results.csv", results_text(data.results))
+        write_text(path, render(data, plots))
     return path
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_longrope.files import naming
 from lightning_longrope.reading import blaming
 from lightning_longrope.search.space import Candidate
 
@@ -99,7 +100,7 @@ class Journal:
 
     def _write(self, records: list[dict[str, Any]]) -> None:
         text = "".join(_line(record) for record in records)
-        with self.path.open("ab") as file:
+        with naming(self.path), self.path.open("ab") as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())

@@ -15,7 +15,8 @@ PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
     | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory", "memory"}
-    | {"attention", "checkpoints", "estimate", "heads", "levers", "lora", "reading", "run_settings", "sliding"},
+    | {"attention", "checkpoints", "estimate", "heads", "levers", "lora", "reading", "run_settings", "sliding"}
+    | {"locks", "stopping"},
     {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"doctor", "generating", "reporting", "isolation", "layers", "sequence_parallel", "sizes"},
     {"advising", "finite", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},

@@ -1,0 +1,25 @@
+"""Checkpoints of one file that are whole or not there."""
+
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from typing_extensions import override
+
+from lightning_longrope.files import write_whole
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Writes a checkpoint beside an earlier one, which it replaces in one step, and names the file in errors.
+
+    Lightning's own makes it in memory, writes it to the temporary folder and moves it from there: it needs the memory
+    and the space there, and a process that is killed while it is moved to another disk leaves half a file under the
+    name of the whole one. What is no file here (``s3://``) is left to Lightning.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_whole(path, lambda file: torch.save(checkpoint, file))
