@@ -51,7 +51,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Lets errors of the operating system name ``path`` where they name no file, also those that torch and safetensors hide."""
+    """Lets errors of the system name ``path`` where they name no file, also those that torch and safetensors hide."""
     try:
         yield
     except OSError as error:
