@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPU_TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
-.PHONY: install quickstart test docs clean
+.PHONY: install quickstart test torture docs clean
 
 install: $(VENV)/installed
 
@@ -25,6 +25,12 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# N signals at random moments; what comes of them is appended to benchmarks/results/torture.jsonl.
+N ?= 100
+SEED ?= $(shell date +%s)
+torture: install
+	PYTHONPATH=tests $(BIN)/python -m torture --moments $(N) --seed $(SEED)
 
 docs: install
 	$(BIN)/sphinx-build -E -W --keep-going -q docs docs/_build/html

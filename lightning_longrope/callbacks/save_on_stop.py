@@ -53,6 +53,8 @@ class SaveOnStop(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
+        if self._asked and callable(self._outer):  # it came with the last step
+            self._outer(signal.SIGTERM, None)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -66,8 +68,6 @@ class SaveOnStop(Callback):
         if self._training:
             self._training = False
             _handle(self._outer)
-            if self._asked and callable(self._outer):  # it came with the last step
-                self._outer(signal.SIGTERM, None)
 
 
 def _save(trainer: Trainer) -> str:

@@ -102,7 +102,8 @@ def _check_shared(out: Path) -> None:
     """Raises ValueError where this process does not see what the first one writes."""
 
     def write() -> str:
-        out.mkdir(parents=True, exist_ok=True)
+        for earlier in out.glob(".seen-*"):  # of a run that was killed
+            earlier.unlink()
         (mark := out / f".seen-{secrets.token_hex(8)}").touch()
         return mark.name
 

@@ -14,8 +14,8 @@ from lightning_longrope.search.journal import read_journal
 from torture.killing import TortureError
 from torture.material import CHECKPOINTS
 
-TIMED = {"seconds", "cached"}  # what differs from run to run
-ONCE = ("done.json", "manifest.json", "tokens.bin", "documents.bin", "hashes.bin", "sources.bin", "factors.json")
+TIMED = {"seconds", "cached", "config"}  # what differs from run to run, or from folder to folder
+ONCE = ("done.json", "manifest.json", "tokens.bin", "documents.bin", "hashes.bin", "sources.bin")
 """Files that are written once: done again after a kill, they would be others."""
 LOGS = "lightning_logs"
 
@@ -123,7 +123,9 @@ def _content(path: Path, out: Path) -> Any:
     if path.suffix == ".json":
         return _untimed(json.loads(path.read_text().replace(str(out), "{out}")))
     data = path.read_bytes()
-    return data if path.suffix in (".bin", ".safetensors") else data.replace(str(out).encode(), b"{out}")
+    if path.suffix in (".bin", ".safetensors"):
+        return data
+    return re.sub(rb"(?m)^ckpt_path: .*", b"", data.replace(str(out).encode(), b"{out}"))  # where it was resumed
 
 
 def _untimed(value: Any) -> Any:

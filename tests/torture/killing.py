@@ -56,9 +56,9 @@ class TortureError(AssertionError):
     """What must not happen, has."""
 
 
-def parts_of(root: Path) -> list[Part]:
+def parts_of(root: Path, short: bool = False) -> list[Part]:
     """All parts, in the order in which they run; those of a recipe share a command."""
-    recipe = ("run", str(root / "recipe"), "--out", "{out}")
+    recipe = ("run", str(root / "recipe"), "--out", "{out}", *(["--short"] if short else []))
     evaluate = ("eval", "-c", str(root / "eval.yaml"), "--model.name_or_path", "{out}/hf", "--out", "{out}/6-eval")
     return [
         Part("tokenize", ("tokenize", "-c", str(root / "data.yaml"), "--workers", "2", "--out", "{out}"), ("data",)),

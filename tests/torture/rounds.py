@@ -32,12 +32,13 @@ class Torture:
     Args:
         root: Folder for all files; a round that fails is left there.
         only: Names of the parts that are killed; all by default.
+        short: Run the recipe with few steps.
     """
 
-    def __init__(self, root: Path, only: tuple[str, ...] = ()) -> None:
+    def __init__(self, root: Path, only: tuple[str, ...] = (), short: bool = False) -> None:
         self.root, self.tally = root, Tally()
         write_material(root)
-        self.parts = parts_of(root)
+        self.parts = parts_of(root, short)
         self.victims = [part for part in self.parts if not only or part.name in only]
         last = max(self.parts.index(part) for part in self.victims)
         self.commands = commands_of(self.parts[: last + 1])

@@ -46,7 +46,7 @@ def work(root: Path, step: int) -> None:
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(disk)], check=True)
     write_material(root)
-    tokenize, recipe = parts_of(root)[0].words, [*parts_of(root)[1].words, "--short"]
+    tokenize, recipe = (part.words for part in parts_of(root, short=True)[:2])
     for out in (root / "uncut", disk / "cut"):
         most = 0
         for words in (tokenize, recipe):

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink", "os.link")
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
 
 def changed(event, arguments):
@@ -16,7 +16,8 @@ def changed(event, arguments):
         path, mode, flags = arguments
         change = bool(flags & (os.O_WRONLY | os.O_RDWR)) if mode is None else not set("wxa+").isdisjoint(mode)
     else:
-        path, change = arguments[0] if arguments else None, event in CHANGES
+        path = arguments[0] if arguments else None
+        change = event in CHANGES and (event == "os.mkdir" or os.path.lexists(path))
     return os.path.abspath(os.fsdecode(path)) if change and isinstance(path, str | bytes | os.PathLike) else None
 
 

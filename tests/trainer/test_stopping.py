@@ -1,0 +1,168 @@
+"""Commands that get SIGTERM end in good order, with their state saved; and no second run gets into a folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from helpers import tiny_llama
+from lightning.pytorch.utilities import rank_zero_only
+from processes import start_ranks
+from torture.material import MODEL, STEPS, write_material
+
+from lightning_longrope.__main__ import main
+from lightning_longrope.locks import hold
+from lightning_longrope.stopping import STATUS
+
+pytestmark = pytest.mark.distributed
+STAGE = "1-pretrain"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    root = tmp_path_factory.mktemp("material")
+    write_material(root)
+    return root
+
+
+def rows(out):
+    path = out / STAGE / "rows" / "rank0.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def command(words):
+    rank_zero_only.rank = int(os.environ["RANK"])
+    if os.environ["WORLD_SIZE"] == "1":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+            os.environ.pop(name, None)
+    code = main(words)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def until(ready, processes):
+    end = time.monotonic() + 100
+    while not ready():
+        assert time.monotonic() < end
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.005)
+
+
+def ended(processes, logs):
+    for process in processes:
+        process.join(100)
+    texts = [(logs / f"rank{rank}.log").read_text() for rank in range(len(processes))]
+    return [process.exitcode for process in processes], texts
+
+
+def fit(material, out, *more):
+    return ["fit", "-c", str(material / "recipe" / f"{STAGE}.yaml"), "--out", str(out), *more]
+
+
+def weights(out):
+    return torch.load(out / STAGE / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def uncut(material, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uncut")
+    assert ended(start_ranks(1, command, fit(material, out), logs=out), out)[0] == [0]
+    return weights(out)
+
+
+def test_a_fit_is_saved_after_the_step_under_way_and_runs_none_twice(material, uncut, tmp_path):
+    for limit in (7, 23):
+        more = ("--ckpt_path", "last") if limit > 7 else ()
+        fitting = start_ranks(1, command, fit(material, tmp_path, *more), logs=tmp_path)
+        until(lambda limit=limit: len(rows(tmp_path)) >= limit, fitting)
+        os.kill(fitting[0].pid, signal.SIGTERM)
+        codes, (said,) = ended(fitting, tmp_path)
+        assert codes == [STATUS]
+        (line,) = [line for line in said.splitlines() if line.startswith("longrope:")]
+        assert f"Step {len(rows(tmp_path))} is saved in {tmp_path}/{STAGE}/checkpoints/last.ckpt" in line
+    fitting = start_ranks(1, command, fit(material, tmp_path, "--ckpt_path", "last"), logs=tmp_path)
+    assert ended(fitting, tmp_path)[0] == [0]
+    assert rows(tmp_path) == list(range(STEPS[STAGE]))
+    assert all(torch.equal(weight, uncut[name]) for name, weight in weights(tmp_path).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [[0], [1], [1, 0]])
+def test_one_signal_stops_all_ranks_after_the_same_step(material, tmp_path, told):
+    words = fit(material, tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    fitting = start_ranks(2, command, words, logs=tmp_path)
+    until(lambda: len(rows(tmp_path)) >= 4, fitting)
+    for rank in told:
+        os.kill(fitting[rank].pid, signal.SIGTERM)
+    codes, texts = ended(fitting, tmp_path)
+    assert codes == [STATUS, STATUS], texts
+    (line,) = [line for line in "".join(texts).splitlines() if line.startswith("longrope:")]
+    saved = torch.load(tmp_path / STAGE / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    steps = [len((tmp_path / STAGE / "rows" / f"rank{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
+    assert steps == [saved, saved]
+    assert f"Step {saved} is saved" in line
+
+
+def test_a_search_ends_at_once_and_goes_on(material, uncut, tmp_path):
+    stage = yaml.safe_load((material / "recipe" / "2-search.yaml").read_text())
+    stage["model"]["init_args"] = {"config": MODEL}
+    (tmp_path / "2-search.yaml").write_text(yaml.safe_dump(stage))
+    words = ["search", "-c", str(tmp_path / "2-search.yaml"), "--out", str(tmp_path)]
+    journal = tmp_path / "2-search" / "search" / "history.jsonl"
+
+    def lines():
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    searching = start_ranks(1, command, words, logs=tmp_path)
+    until(lambda: lines() > 8, searching)
+    os.kill(searching[0].pid, signal.SIGTERM)
+    codes, (said,) = ended(searching, tmp_path)
+    assert codes == [STATUS]
+    assert said.splitlines()[-1] == "longrope: stopped by SIGTERM. The same command goes on from what is finished."
+    before = journal.read_bytes()
+    assert 8 < lines() < 40
+    assert ended(start_ranks(1, command, words, logs=tmp_path), tmp_path)[0] == [0]
+    assert journal.read_bytes().startswith(before)
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from lightning_longrope.locks import hold
+with hold(Path(sys.argv[1]), "it"):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_kept_out_until_the_first_is_dead(material, tmp_path, capfd):
+    commands = {
+        tmp_path / "out" / ".lock": ["run", str(material / "recipe"), "--out", str(tmp_path / "out")],
+        tmp_path / "out" / STAGE / ".lock": fit(material, tmp_path / "out"),
+        tmp_path / ".hf.lock": ["export", str(tmp_path / "model"), str(tmp_path / "hf")],
+    }
+    tiny_llama().save_pretrained(tmp_path / "model")
+    capfd.readouterr()
+    for lock, words in commands.items():
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE)
+        try:
+            pid = int(holder.stdout.readline())
+            assert main(words) == 2
+            (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("longrope: error")]
+            folder = str(tmp_path / "hf") if words[0] == "export" else str(lock.parent)
+            assert line.startswith(f"longrope: error: {folder} belongs to process {pid} on {os.uname().nodename}, at ")
+            assert not list(tmp_path.rglob("*.ckpt"))
+            os.kill(pid, signal.SIGKILL)
+            holder.wait()
+            with hold(lock, "it"):  # what the dead have left is no lock
+                assert json.loads(lock.with_name(f"{lock.name}.json").read_text())["pid"] == os.getpid()
+            assert not list(lock.parent.glob(f"{lock.name}*"))
+        finally:
+            holder.kill()
+            holder.stdout.close()
+            holder.wait()
