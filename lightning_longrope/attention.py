@@ -138,6 +138,19 @@ def _with_right_kernels(
         ) from error
 
 
+def heads_at_a_time(heads: int, readers: int, most: int) -> int:
+    """Query heads of a group: with all that read the same keys, or an equal share of these; one at least.
+
+    Args:
+        heads: Query heads in all.
+        readers: How many of them read a key head.
+        most: How many are wanted at most.
+    """
+    if most >= heads:
+        return heads
+    return most // readers * readers or max(n for n in range(1, max(1, most) + 1) if readers % n == 0)
+
+
 def in_head_groups(
     attention: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
@@ -157,7 +170,7 @@ def in_head_groups(
     heads, readers = query.shape[1], query.shape[1] // key.shape[1]
     if heads <= at_a_time:
         return attention(query, key, value)
-    step = at_a_time // readers * readers or max(n for n in range(1, at_a_time + 1) if readers % n == 0)
+    step = heads_at_a_time(heads, readers, at_a_time)
     output = []
     for first in range(0, heads, step):
         queries = slice(first, min(first + step, heads))

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from lightning_longrope.levers import Lever, Levers, unused_levers
+from lightning_longrope.levers import LONG_PASS, QUERIES_AT_A_TIME, Lever, Levers, unused_levers
 
 GIB = 2**30
 SPREAD = 0.15
@@ -65,6 +65,13 @@ FORWARD: dict[Precision, Kernels] = {
     "full": Kernels(Work(7.8, 0.1, 6.0), Work(7.2, 3.3)),
 }
 """Forward pass without gradients."""
+
+IN_PARTS: dict[Precision, Kernels] = {
+    "half": Kernels(Work(4.1, 0.0), Work(3.1, 1.8)),
+    "mixed": Kernels(Work(8.2, 0.0), Work(6.2, 2.9)),
+    "full": Kernels(Work(8.2, 0.0), Work(6.1, 3.6)),
+}
+"""The same of a long pass (``long_rows``), beside what heads give: where no heads are at work, and where some are."""
 
 KEPT: dict[Precision, Work] = {
     "half": Work(8.0, 1.0, 4.0),
@@ -192,12 +199,23 @@ def kept_bytes(model: ModelSize, run: Run) -> float:
 
 def layer_bytes(model: ModelSize, run: Run) -> float:
     """Bytes per token of the work of one layer, at its most."""
+    if not run.training and run.tokens > LONG_PASS:
+        return _bytes_in_parts(model, run)
     kernels = (run.kernels or PLAIN[run.precision]) if run.training else FORWARD[run.precision]
     rest = _bytes(model, kernels.rest)
     if run.levers.mlp_tile is None:
         return max(rest, _bytes(model, kernels.mlp))
     tile = min(1.0, run.levers.mlp_tile / run.tokens)
     return max(rest, _bytes(model, kernels.mlp._replace(mlp=kernels.mlp.mlp * tile)))
+
+
+def _bytes_in_parts(model: ModelSize, run: Run) -> float:
+    """Bytes per token of the work of one layer where heads and tokens go in parts."""
+    idle, working = IN_PARTS[run.precision]
+    share = max(1 / model.heads, min(1.0, QUERIES_AT_A_TIME / (run.tokens * model.query)))
+    given = 2 * model.query * (2 if run.precision == "full" else 1)  # what all heads give, once there are groups
+    at_work = _bytes(model, working._replace(attention=working.attention * share)) + (given if share < 1 else 0)
+    return max(at_work, _bytes(model, idle) + given)
 
 
 def _units(model: ModelSize) -> Work:

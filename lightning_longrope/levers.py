@@ -13,6 +13,12 @@ from typing import Any, Literal
 TILE = 4096
 """Tokens of an MLP tile that is proposed."""
 
+LONG_PASS = 65_536
+"""Tokens of a forward pass without gradients beyond which it goes in parts by itself (see ``long_rows``)."""
+
+QUERIES_AT_A_TIME = 2**30
+"""Elements of the queries of heads that attend at a time there."""
+
 Moment = Literal["setup", "training", "forward"]
 
 _SHARED = {"zero_stage", "offload_optimizer", "offload_parameters"}

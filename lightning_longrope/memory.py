@@ -89,8 +89,18 @@ def offloaded_checkpoint(function: Any, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False)
 
 
+def mlp_of(layer: Any) -> nn.Module | None:
+    """The MLP of a decoder layer, if it has one."""
+    return next((getattr(layer, name) for name in ("mlp", "feed_forward") if hasattr(layer, name)), None)
+
+
+def norms_of(parent: nn.Module) -> list[nn.Module]:
+    """The norms that a decoder or one of its layers applies to hidden states."""
+    return [child for child in parent.children() if "norm" in type(child).__name__.lower()]
+
+
 def _tile(layer: Any, tile: int) -> None:
-    mlp = next((getattr(layer, name) for name in ("mlp", "feed_forward") if hasattr(layer, name)), None)
+    mlp = mlp_of(layer)
     if mlp is None:
         raise ValueError(
             f"`memory.mlp_tile`: {type(layer).__name__} has no `mlp`, so it cannot be tiled. Leave it out."

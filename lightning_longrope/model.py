@@ -22,6 +22,7 @@ from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
 from lightning_longrope.heads import OutputHead
 from lightning_longrope.isolation import Stretches, fit_for_long_rows, isolated_documents, plain_rows
+from lightning_longrope.long_rows import in_parts
 from lightning_longrope.rotary import RescaledRotary
 from lightning_longrope.sequence_parallel import sequence_group, shared_rows
 from lightning_longrope.sliding import say_reach
@@ -287,7 +288,8 @@ def hidden_states(
         isolation = isolated_documents(model, stretches)
     if shared:
         sharing = shared_rows(model, input_ids, position_ids, stretches)
-    with isolation as apart, sharing as share:
+    tokens = len(input_ids) * sequence_group(model).share_of(input_ids.shape[1])
+    with isolation as apart, sharing as share, in_parts(model, tokens):
         return model.get_decoder()(**{**inputs, **apart, **share}, use_cache=False).last_hidden_state
 
 

@@ -18,7 +18,7 @@ FLOORS = [  # each may import from its own floor and those before it
     | {"attention", "checkpoints", "estimate", "heads", "levers", "lora", "reading", "run_settings", "sliding"}
     | {"locks", "stopping"},
     {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
-    | {"doctor", "generating", "reporting", "isolation", "layers", "sequence_parallel", "sizes"},
+    | {"doctor", "generating", "reporting", "isolation", "layers", "long_rows", "sequence_parallel", "sizes"},
     {"advising", "finite", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
     {"export", "recipes"},
     {"cli"},
