@@ -26,7 +26,7 @@ from lightning_longrope.levers import TILE
 from lightning_longrope.objectives import OBJECTIVES, Objective, ObjectiveName, SearchDocument
 from lightning_longrope.out_of_memory import GoOnWithShapes, free_memory, gathers_weights, is_out_of_memory
 from lightning_longrope.score_book import EARLIER, OOM, OWN, UNKNOWN, ScoreBook, plain_number
-from lightning_longrope.scoring import Score, document_values, row_sums, score_of
+from lightning_longrope.scoring import Score, document_values, pass_tokens, row_sums, score_of
 from lightning_longrope.sequence_parallel import sequence_group
 
 Rows = list[tuple[int, int]]
@@ -116,7 +116,7 @@ class Evaluator:
         model: A Hugging Face causal language model in eval mode.
         documents: Rows to score on.
         objective: Turns the sums of a candidate into one value.
-        batch_tokens: Tokens of a forward pass; rows longer than that go alone.
+        batch_tokens: Tokens of a forward pass; rows longer than that go alone. By default ``PASS_TOKENS``.
         workers: The processes that share the work.
         book: What is known already and where results are kept; on the process that ``writes`` only.
 
@@ -133,14 +133,14 @@ class Evaluator:
         documents: Sequence[SearchDocument],
         objective: Objective,
         *,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         workers: Workers | None = None,
         book: ScoreBook | None = None,
     ) -> None:
         self.model = model
         self.documents = documents
         self.objective = objective
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or pass_tokens(model.device)
         self.workers = workers or SingleWorker()
         self.book = book
         self.history: list[dict[str, Any]] = []
@@ -379,7 +379,7 @@ def score_candidates(
     documents: Sequence[SearchDocument],
     objective: Objective | ObjectiveName,
     *,
-    batch_tokens: int = 16384,
+    batch_tokens: int | None = None,
     workers: Workers | None = None,
 ) -> list[Score]:
     """Scores of candidates outside of a search; see ``Evaluator``."""

@@ -4,7 +4,7 @@ Shapes: B rows, S tokens of a row, D documents, H hidden size, A answer tokens. 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,12 +16,21 @@ from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.losses import token_nll as flat_token_nll
 from lightning_longrope.model import candidate_rows, hidden_states, output_head
 from lightning_longrope.objectives import Objective, SearchDocument
+from lightning_longrope.onednn import fast_linear
 from lightning_longrope.sequence_parallel import sequence_group
 
 Status = Literal["ok", "partial", "nan", "inf", "oom", "dropped"]
 
 LOGITS_AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Most logits that exist at a time, whatever the vocabulary: 16 MiB in float32 on a CPU, 128 MiB on a GPU."""
+
+PASS_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 14}
+"""Tokens of a forward pass where nothing is said: more would leave the caches of a CPU, and take memory."""
+
+
+def pass_tokens(device: torch.device) -> int:
+    """``PASS_TOKENS`` of a device."""
+    return PASS_TOKENS.get(device.type, PASS_TOKENS["cuda"])
 
 
 @torch.no_grad()
@@ -66,7 +75,7 @@ def greedy_matches(model: Any, input_ids: Tensor, answer: int) -> Tensor:
     """
     rows, length = input_ids.shape
     states = _states(model, _hidden(model, input_ids), rows, range(length - 1 - answer, length - 1))
-    head = output_head(model)
+    head = _head(model)
     likeliest = torch.cat([head(part).argmax(-1) for part in states.split(_positions_at_a_time(model))])
     return likeliest.view(-1, answer) == input_ids[:, -answer:]
 
@@ -96,7 +105,7 @@ def continuation_scores(
     ends = torch.tensor([len(row) for row in rows], device=device)
     states = sequence_group(model).take(hidden, of, ends[of] + back)
     labels = torch.cat([torch.tensor(tokens, device=device) for _, tokens in continuations])
-    head, size, nll, right = output_head(model), _positions_at_a_time(model), [], []
+    head, size, nll, right = _head(model), _positions_at_a_time(model), [], []
     for part, wanted in zip(states.split(size), labels.split(size), strict=True):
         logits = head(part).float()
         nll.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu().double())
@@ -113,7 +122,7 @@ def _states(model: Any, hidden: Tensor, rows: int, positions: range) -> Tensor:
 
 
 def _flat_nll(model: Any, states: Tensor, labels: Tensor) -> Tensor:
-    return flat_token_nll(states, output_head(model), labels, chunk=_positions_at_a_time(model))
+    return flat_token_nll(states, _head(model), labels, chunk=_positions_at_a_time(model))
 
 
 def _positions_at_a_time(model: Any) -> int:
@@ -125,8 +134,18 @@ def _positions_at_a_time(model: Any) -> int:
 
 def _hidden(model: Any, input_ids: Tensor) -> Tensor:
     # Evaluation sees many shapes: compiled layers would be compiled again for each.
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), fast_linear(input_ids.device):
         return hidden_states(model, input_ids)
+
+
+def _head(model: Any) -> Callable[[Tensor], Tensor]:
+    head = output_head(model)
+
+    def logits(states: Tensor) -> Tensor:
+        with fast_linear(states.device):
+            return head(states)
+
+    return logits
 
 
 @dataclass(frozen=True)

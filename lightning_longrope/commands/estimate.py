@@ -36,6 +36,7 @@ from lightning_longrope.lora import LoRA
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.recipes import Stage, from_model, read_recipe
 from lightning_longrope.run_settings import levers_of, optimizer_bytes, precision_of
+from lightning_longrope.scoring import PASS_TOKENS
 from lightning_longrope.search import EvolutionSearch
 from lightning_longrope.sizes import model_size, read_config
 
@@ -209,7 +210,7 @@ def _search(size: ModelSize, run: Run, arguments: dict[str, Any]) -> Case:
     candidates = arguments["max_evaluations"] or _evaluations(arguments["algorithm"], length)
     formulas = 5 if arguments["recovery"] else 3
     forwards = arguments["documents"] * (candidates + formulas) + arguments["held_out"] * (1 + formulas)
-    rows = max(1, arguments["batch_tokens"] // length)
+    rows = max(1, (arguments["batch_tokens"] or PASS_TOKENS["cuda"]) // length)
     fewer = any(arguments.get(name) for name in ("race", "patience", "schedule"))
     count = f"at most {forwards}" if fewer else str(forwards)
     amount = f"{count} forward passes of {length:,} tokens ({candidates} candidates, {formulas} baselines)"

@@ -67,6 +67,13 @@ def test_a_pass_that_does_not_fit_is_halved_until_it_does(fit, tried, error, mon
         assert max(sizes) <= fit
 
 
+def test_passes_on_a_cpu_hold_4096_tokens_where_nothing_is_said(monkeypatch):
+    sizes = full_beyond(99, monkeypatch)
+    rows = [SearchDocument(text) for text in texts(20)]
+    Evaluator(tiny_llama(), rows, OBJECTIVES["perplexity"]).scores(TABLES, [""] * 4)
+    assert sizes == [64, 16]
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
     full_beyond(3, monkeypatch, error=lambda _: RuntimeError("expected scalar type Half but found Float"))
     with pytest.raises(RuntimeError, match="scalar type"):

@@ -14,7 +14,8 @@ import lightning_longrope
 PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
-    | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory", "memory"}
+    | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory"}
+    | {"onednn", "memory"}
     | {"attention", "checkpoints", "estimate", "heads", "levers", "lora", "reading", "run_settings", "sliding"}
     | {"locks", "stopping"},
     {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
