@@ -89,6 +89,7 @@ def finish(
     given: argparse.Namespace,
     packages: Sequence[str],
     extra: Mapping[str, Any] | None = None,
+    path: Path | None = None,
 ) -> int:
     """Prints the rows and, unless ``--quick``, writes ``results/<name>.json``.
 
@@ -98,21 +99,34 @@ def finish(
         given: Parsed options, with ``quick`` and ``check``.
         packages: Distributions whose versions matter to the figures.
         extra: Further keys of the file.
+        path: Another file to write.
 
     Returns:
         The exit status: 1 where a goal is missed under ``--check``, else 0.
     """
     for row in rows:
         sys.stdout.write(line_of(row) + "\n")
-    record = {
+    if not given.quick:
+        record = record_of(name, rows, packages, machine()) | dict(extra or {})
+        write_json(path or RESULTS / f"{name}.json", record)
+    return int(given.check and any(row.met is False for row in rows))
+
+
+def record_of(name: str, rows: Sequence[Row], packages: Sequence[str], where: str) -> dict[str, Any]:
+    """What a file of results holds.
+
+    Args:
+        name: The script without its ending.
+        rows: What was measured.
+        packages: Distributions whose versions matter to the figures.
+        where: The machine.
+    """
+    return {
         "command": command(name),
-        "machine": machine(),
+        "machine": where,
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
         "rows": [asdict(row) for row in rows],
     }
-    if not given.quick:
-        write_json(RESULTS / f"{name}.json", record | dict(extra or {}))
-    return int(given.check and any(row.met is False for row in rows))
 
 
 def line_of(row: Row) -> str:
