@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,16 +59,21 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
-    except RuntimeError as error:
-        if (
-            isinstance(error.__context__, OSError) and error.__context__.errno is not None
-        ):  # of a file that Python writes
-            hidden = error.__context__.errno
-        elif "inline_container" in str(error):  # torch writes it
-            hidden = errno.ENOSPC if shutil.disk_usage(_existing(Path(path))).free < _LITTLE else errno.EIO
-        else:
+    except Exception as error:
+        if (number := _hidden(error, Path(path))) is None:
             raise
-        raise OSError(hidden, os.strerror(hidden), str(path)) from error
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _hidden(error: Exception, path: Path) -> int | None:
+    """Number of the system's error behind one of torch or safetensors; None if there is none."""
+    cause = error.__context__
+    if isinstance(error, RuntimeError) and isinstance(cause, OSError) and cause.errno is not None:
+        return cause.errno  # torch has written into a file of Python
+    if "inline_container" in str(error):  # torch has written by itself, and does not say what went wrong
+        return errno.ENOSPC if shutil.disk_usage(_existing(path)).free < _LITTLE else errno.EIO
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
 
 
 def _existing(path: Path) -> Path:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,12 +30,13 @@ def main() -> int:
     begin, root = time.monotonic(), Path(tempfile.mkdtemp(prefix="torture-"))
     torture, number = Torture(root, tuple(given.part)), 0
     tally = torture.tally
-    while len(tally.fired) < given.moments and time.monotonic() - begin < 60 * given.minutes:
-        torture.round(number, min(given.round, given.moments - len(tally.fired)), given.seed)
-        number += 1
-        seconds = time.monotonic() - begin
-        sys.stdout.write(f"{len(tally.fired)} moments, {len(tally.failures)} failures, {seconds:.0f} s\n")
-        sys.stdout.flush()
+    with suppress(KeyboardInterrupt):  # what has come so far counts
+        while len(tally.fired) < given.moments and time.monotonic() - begin < 60 * given.minutes:
+            torture.round(number, min(given.round, given.moments - len(tally.fired)), given.seed)
+            number += 1
+            seconds = time.monotonic() - begin
+            sys.stdout.write(f"{len(tally.fired)} moments, {len(tally.failures)} failures, {seconds:.0f} s\n")
+            sys.stdout.flush()
     found = {
         "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
         "seed": given.seed,
