@@ -52,7 +52,7 @@ def work(root: Path, step: int) -> None:
     tokenize, recipe = (part.words for part in parts_of(root, short=True)[:2])
     for out in (root / "uncut", disk / "cut"):
         most = 0
-        for words in (tokenize, recipe):
+        for words in ((*tokenize, "--workers", "0"), recipe):
             code = 2
             while code == 2:
                 space, most = chance.randint(most // 2, most), most + step

@@ -39,7 +39,7 @@ def test_a_run_on_a_disk_that_is_full_again_and_again_ends_as_with_space(tmp_pat
     runs = [json.loads(line) for line in done.stdout.splitlines()]
     full = [said for _, code, said in runs if code == 2]
     assert {code for _, code, _ in runs} == {0, 2}
-    assert len(full) >= 4
+    assert len(full) >= 3
     for (line,) in full:
         assert line.startswith(f"longrope: error: No space left on device: {tmp_path}/disk/cut/")
         assert line.endswith("Make space there and give the same command again.")
