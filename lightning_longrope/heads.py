@@ -4,7 +4,7 @@ Shapes: N tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,21 +45,22 @@ class OutputHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, [..., H] to [..., V]."""
-        return self._finished(self.module(hidden))
+        return self.finished(self.module(hidden))
 
-    def _finished(self, values: Tensor) -> Tensor:
+    def finished(self, values: Tensor) -> Tensor:
+        """Logits of what the output layer gives: scaled and capped, or the same tensor."""
         if self._scale != 1 or self._divisor != 1:
             values = values * self._scale / self._divisor
         return values if self._cap is None else torch.tanh(values / self._cap) * self._cap
 
-    def within(self, work: Callable[[Head, Tensor], Tensor], hidden: Tensor) -> Tensor:
+    def within(self, work: Callable[["HeadLogits", Tensor], Tensor], hidden: Tensor) -> Tensor:
         """Work that needs the weights of the output layer, done inside one call of it.
 
         Strategies that partition weights gather them before a module's forward and count on the gradients of that
         call, so a loss that reads the weights or makes their gradients itself must run there.
 
         Args:
-            work: Given the head, whose logits then come without any hooks of the output layer, and ``hidden``.
+            work: Given the logits as they come without any hooks of the output layer, and ``hidden``.
             hidden: What the output layer is called with, [N, H].
 
         Returns:
@@ -67,7 +68,7 @@ class OutputHead:
         """
         module = self.module
         patched, own = "forward" in vars(module), module.forward
-        module.forward = lambda states: work(lambda part: self._finished(own(part)), states)
+        module.forward = lambda states: work(HeadLogits(self, own), states)
         try:
             return module(hidden)
         finally:
@@ -94,3 +95,26 @@ class OutputHead:
     def tokens_at_a_time(self, device: torch.device) -> int:
         """Tokens of a training step whose logits should exist at a time on a kind of device."""
         return max(1, LOGITS_AT_A_TIME.get(device.type, LOGITS_AT_A_TIME["cuda"]) // self.vocabulary)
+
+
+class HeadLogits:
+    """The logits of an output head inside a call of its layer.
+
+    Args:
+        head: The output head.
+        forward: What its layer does when it is called.
+
+    Attributes:
+        linear: The layer, if its own forward is the product with its weight and nothing else.
+    """
+
+    def __init__(self, head: OutputHead, forward: Head) -> None:
+        self.head = head
+        self.finished = head.finished
+        self._forward = forward
+        product = getattr(forward, "__func__", None) is nn.Linear.forward
+        self.linear = cast("nn.Linear", head.module) if product else None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, [n, H] to [n, V]."""
+        return self.finished(self._forward(hidden))

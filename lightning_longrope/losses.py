@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lightning_longrope.heads import Head, OutputHead
+from lightning_longrope.heads import Head, HeadLogits, OutputHead
 
 Loss = Literal["checkpointed", "fused", "liger"]
 INSTEAD = "take `loss: fused`"
+ROWS_AT_A_TIME = 8192
+"""Rows of the weight of an output layer whose gradient is computed at a time."""
 
 
 def _chunk_nll(head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -106,60 +108,82 @@ def fused_nll(
         return chunked_nll(hidden, head, labels, weights, chunk)
     shares = _kept(labels, weights)
 
-    def work(logits: Head, states: Tensor) -> Tensor:
-        parameters = head.trained
+    def work(logits: HeadLogits, states: Tensor) -> Tensor:
         with torch.no_grad():
-            sums = _sums(logits, states, labels, shares, parameters, chunk)
-        return cast("Tensor", _Sums.apply(sums, states, *parameters))
+            sums = _sums(logits, states, labels, shares, chunk)
+        return cast("Tensor", _Sums.apply(sums, states, *head.trained))
 
     return head.within(work, hidden), shares.sum()
 
 
 class _Found(NamedTuple):
-    """The weighted nll sum and its gradients."""
+    """The weighted nll sum and its gradients, those of parameters in the order of ``OutputHead.trained``."""
 
     nll: Tensor
     hidden: Tensor | None
     parameters: list[Tensor]
 
 
-def _sums(
-    head: Head, hidden: Tensor, labels: Tensor, weights: Tensor, parameters: Sequence[Tensor], chunk: int
-) -> _Found:
+def _sums(logits: HeadLogits, hidden: Tensor, labels: Tensor, weights: Tensor, chunk: int) -> _Found:
     """Adds up chunks; what a parameter's gradient is added up in is as large as the parameter in float32."""
+    parameters = logits.head.trained
     total = hidden.new_zeros((), dtype=torch.float32)
     slopes = torch.empty_like(hidden) if hidden.requires_grad else None
-    added: list[Tensor] = []
+    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    add_chunk = _add_linear_chunk if logits.linear is not None else _add_chunk
     parts = zip(hidden.split(chunk), labels.split(chunk), weights.split(chunk), strict=True)
     for number, (states, targets, shares) in enumerate(parts):
         # what counts for nothing is 0, not its gradient times 0: it may be NaN
         states = states.masked_fill((shares == 0)[:, None], 0).requires_grad_(slopes is not None)
-        nll, of_states, of_parameters = _chunk_gradients(head, states, targets, shares, parameters)
+        nll, of_states = add_chunk(logits, states, targets, shares, sums)
         total += nll
         if slopes is not None and of_states is not None:
             slopes[number * chunk : (number + 1) * chunk] = of_states
-        added = _add(added, of_parameters) if number else [one.float() for one in of_parameters]
-    return _Found(total, slopes, [one.to(of.dtype) for one, of in zip(added, parameters, strict=True)])
+    return _Found(total, slopes, [one.to(of.dtype) for one, of in zip(sums, parameters, strict=True)])
 
 
-def _add(sums: list[Tensor], others: list[Tensor]) -> list[Tensor]:
-    return [one.add_(other) for one, other in zip(sums, others, strict=True)]
-
-
-def _chunk_gradients(
-    head: Head, hidden: Tensor, labels: Tensor, weights: Tensor, parameters: Sequence[Tensor]
-) -> _Found:
+def _add_chunk(
+    logits: HeadLogits, hidden: Tensor, labels: Tensor, weights: Tensor, sums: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Adds the gradients of a chunk to those of parameters; its nll sum and the gradient of its hidden states."""
     with torch.enable_grad():
-        logits = head(hidden)
-    log_p = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
+        values = logits(hidden)
+    nll, slope = _nll_and_slope(values.detach(), labels, weights)
+    wanted = [tensor for tensor in (*logits.head.trained, hidden) if tensor.requires_grad]
+    found = torch.autograd.grad(values, wanted, slope)
+    for one, other in zip(sums, found, strict=False):  # of which the hidden states' comes last
+        one += other
+    return nll, found[-1] if hidden.requires_grad else None
+
+
+def _add_linear_chunk(
+    logits: HeadLogits, hidden: Tensor, labels: Tensor, weights: Tensor, sums: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """What ``_add_chunk`` does, without a gradient of the whole weight for every chunk beside the sum."""
+    assert logits.linear is not None
+    values = F.linear(hidden, logits.linear.weight, logits.linear.bias).requires_grad_()
+    with torch.enable_grad():
+        finished = logits.finished(values)
+    nll, slope = _nll_and_slope(finished.detach(), labels, weights)
+    if finished is not values:
+        (slope,) = torch.autograd.grad(finished, values, slope)
+    states = hidden.detach().to(slope.dtype)
+    for parameter, one in zip(logits.head.trained, sums, strict=True):
+        if parameter is logits.linear.bias:
+            one += slope.sum(0, dtype=torch.float32)
+            continue
+        for rows, of_rows in zip(one.split(ROWS_AT_A_TIME), slope.split(ROWS_AT_A_TIME, dim=1), strict=True):
+            rows += of_rows.T @ states
+    return nll, slope @ logits.linear.weight if hidden.requires_grad else None
+
+
+def _nll_and_slope(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted nll sum of logits [n, V] and its gradient, in their type."""
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     nll = (F.nll_loss(log_p, labels, ignore_index=-100, reduction="none") * weights).sum()
     slope = log_p.exp_()  # whose storage is used again: softmax - one hot is the gradient of the logits
     slope.scatter_add_(1, labels.clamp(min=0)[:, None], slope.new_full((len(labels), 1), -1.0))
-    slope = slope.mul_(weights[:, None]).to(logits.dtype)
-    if not hidden.requires_grad:
-        return _Found(nll, None, list(torch.autograd.grad(logits, parameters, slope)))
-    of_hidden, *of_parameters = torch.autograd.grad(logits, [hidden, *parameters], slope)
-    return _Found(nll, of_hidden, of_parameters)
+    return nll, slope.mul_(weights[:, None]).to(logits.dtype)
 
 
 class _Sums(torch.autograd.Function):
