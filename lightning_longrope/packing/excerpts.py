@@ -28,9 +28,11 @@ def excerpts(documents: Documents, count: int, length: int, *, bos: int | None, 
             " Ask for fewer or shorter excerpts, or give longer documents."
         )
     rows = []
-    for document, share in enumerate(_shares(documents.lengths, places, body, count, rng)):
+    shares = _shares(documents.lengths, places, body, count, rng)
+    for document in np.flatnonzero(shares):
+        share = int(shares[document])
         slack = int(documents.lengths[document]) - share * body
-        gaps = np.sort(rng.integers(0, slack + 1, share)) if share else np.empty(0, np.int64)
+        gaps = np.sort(rng.integers(0, slack + 1, share))
         starts = documents.starts[document] + gaps + body * np.arange(share)
         rows += [documents.tokens[start : start + body].astype(np.int64) for start in starts]
     table = np.stack(rows)
