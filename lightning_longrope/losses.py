@@ -4,7 +4,8 @@ The logits of one 128k-token row take 62.6 GiB in float32 at a vocabulary of 128
 cross entropy run over chunks of tokens. Training has a choice of what becomes of a chunk:
 
     checkpointed   its logits are computed again in the backward pass
-    fused          the forward pass makes its gradients too, of hidden states and head, and forgets the logits
+    fused          the forward pass makes its gradients too, of hidden states and head, and forgets the logits; in
+                   float16 it is the one above
     liger          the same in one kernel of Liger (arXiv:2410.10989), for plain output layers on a GPU
 
 Shapes: N tokens, H hidden size, V vocabulary. Losses are in nats.
@@ -91,7 +92,8 @@ def fused_nll(
     """What ``chunked_nll`` gives, with gradients that the forward pass has made: no logits are computed twice.
 
     The gradients of parameters are added up in float32, and held from the forward pass on. It can be differentiated
-    once. Where ZeRO stage 3 partitions layers inside the output layer (adapters), it is ``chunked_nll`` itself.
+    once. It is ``chunked_nll`` itself where ZeRO stage 3 partitions layers inside the output layer (adapters), and in
+    float16, where sums over tokens that nothing has divided or scaled yet end at 65,504.
 
     Args:
         hidden: Hidden states that predict the labels, [N, H].
@@ -104,7 +106,7 @@ def fused_nll(
         The weighted nll sum in nats and the weight sum, two float32 scalars.
     """
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or head.trained)
-    if not differentiable or head.partitioned_inside:
+    if not differentiable or head.partitioned_inside or _in_float16(hidden):
         return chunked_nll(hidden, head, labels, weights, chunk)
     shares = _kept(labels, weights)
 
@@ -114,6 +116,13 @@ def fused_nll(
         return cast("Tensor", _Sums.apply(sums, states, *head.trained))
 
     return head.within(work, hidden), shares.sum()
+
+
+def _in_float16(hidden: Tensor) -> bool:
+    """Whether logits of hidden states are float16, by their own type or by autocast."""
+    device = hidden.device.type
+    cast_to = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.float16 in (hidden.dtype, cast_to)
 
 
 class _Found(NamedTuple):

@@ -177,6 +177,19 @@ def test_weights_in_half_precision_get_gradients_added_up_in_float32():
     assert error < 0.01  # 0.05 if the 512 chunks were added up in bfloat16
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["float16 weights", "autocast"])
+def test_in_float16_no_sum_over_tokens_ends_at_infinity(mixed):
+    layer = nn.Linear(8, 31, bias=False, dtype=torch.float32 if mixed else torch.float16)
+    nn.init.zeros_(layer.weight)
+    states = torch.full((4096, 8), 30.0, dtype=layer.weight.dtype).requires_grad_()
+    with torch.autocast("cpu", torch.float16, enabled=mixed):
+        nll, count = fused_nll(states, bare(layer), torch.zeros(4096, dtype=torch.int64))  # 4096 x 30 > 65,504
+        (nll / count).backward()
+    expected = torch.full((31, 8), 30 / 31)
+    expected[0] -= 30
+    torch.testing.assert_close(layer.weight.grad.float(), expected, rtol=2e-3, atol=0)
+
+
 def test_what_counts_for_nothing_leaves_no_trace(case):
     hidden, weight, labels, _ = case
     layer = nn.Linear(HIDDEN, VOCABULARY, bias=False)
