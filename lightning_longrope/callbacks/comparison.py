@@ -19,7 +19,7 @@ from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_json, write_text
 from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean, paired_ratio
 from lightning_longrope.model import rope_geometry
-from lightning_longrope.reading import blaming, is_number, read_json_object
+from lightning_longrope.reading import blaming, read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,11 @@ class MethodResults:
         """Reads what ``save`` wrote."""
         with blaming(f"{path} does not hold measurements, delete it to measure again"):
             found = read_json_object(path)
-            counted = [value for row in (*found["rows"], *found["positions"]) for value in row.values()]
-            counted += [value for *_, n, w in found["sums"] for value in (*n, *w)]
-            if bad := [value for value in counted if not (value is None or isinstance(value, str) or is_number(value))]:
+            measured = [
+                value for row in (*found["rows"], *found["positions"]) for key, value in row.items() if key != "metric"
+            ]
+            measured += [value for *_, n, w in found["sums"] for value in (*n, *w)]
+            if bad := [value for value in measured if value is not None and type(value) not in (int, float)]:
                 raise ValueError(f"expected numbers, got {bad[0]!r}")
             return cls(
                 [Measurement(**row) for row in found["rows"]],

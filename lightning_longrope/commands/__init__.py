@@ -68,7 +68,7 @@ def _line(error: Exception) -> str:
     """An error in one line that may be shown to anybody; what was noted on it comes first, since it is what to do."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.strerror}: {error.filename}. {_REMEDIES.get(error.errno or 0, '')}".rstrip()
+        text = f"{error.strerror}: {error.filename}. {_REMEDIES.get(error.errno or 0, '')}".rstrip()
     if notes := getattr(error, "__notes__", []):
         text = f"{' '.join(notes)} ({text.split(' Exception raised from', 1)[0]})"
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in redact(text))

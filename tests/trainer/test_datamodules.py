@@ -152,7 +152,7 @@ def test_sample_epochs_read_the_whole_text_and_the_declared_share_of_passkey_row
     started = time.perf_counter()
     batches = list(loader)
     per_row = (time.perf_counter() - started) / len(loader.dataset)
-    rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    rows = {name: torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "labels", "weights")}
     bos, eos = sample.tokenizer.bos_token_id, sample.tokenizer.eos_token_id
     assert rows["input_ids"].shape == rows["labels"].shape == rows["weights"].shape == (len(loader.dataset), 128)
     assert (rows["input_ids"][:, 0] == bos).all()
@@ -181,7 +181,7 @@ def test_sample_epochs_read_the_whole_text_and_the_declared_share_of_passkey_row
 def test_evaluation_rows_are_plain_text_in_a_fixed_order(sample):
     for split, loader in (("validation", sample.val_dataloader()), ("test", sample.test_dataloader())):
         batches = list(loader)
-        assert set(batches[0]) == {"input_ids", "labels"}
+        assert set(batches[0]) == {"input_ids", "labels", "stretch_lengths"}
         first = sample.documents(split)
         assert batches[0]["input_ids"][0, 1:-1].tolist() == first.joined(126).tolist()
         loader.sampler.set_epoch(3)
