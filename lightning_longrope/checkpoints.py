@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from typing_extensions import override
@@ -247,15 +248,21 @@ def _reading(path: Path) -> Iterator[None]:
     except (RuntimeError, pickle.PickleError, EOFError, OSError, struct.error, zipfile.BadZipFile, *MALFORMED) as error:
         if is_out_of_memory(error):
             raise
-        cause = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"{path} is damaged, or no checkpoint: {cause.rstrip('.')}.") from error
+        raise _damaged(path, error) from error
+    except CheckpointException as error:  # which is no Exception
+        raise _damaged(path, next(iter(error.failures.values()))[0]) from error
+
+
+def _damaged(path: Path, error: BaseException) -> ValueError:
+    cause = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return ValueError(f"{path} is damaged, or no checkpoint: {cause.rstrip('.')}.")
 
 
 def _archives(path: Path) -> list[Path]:
-    """The files whose weights torch maps into memory, where it compares no checksum."""
+    """The files that torch maps into memory, where it compares no checksum; of others it does."""
     if is_deepspeed(path):
         return sorted(_tag_folder(path).glob("*_states.pt"))
-    return [] if _is_distributed(path) else [path]
+    return [path / "meta.pt" if _is_distributed(path) else path]
 
 
 def _check_whole(file: Path) -> None:
@@ -329,7 +336,10 @@ def _read_index(path: Path) -> Any:
     """
     file = path / ".metadata"
     with _reading(file), file.open("rb") as index:
-        metadata = _Index(index).load()  # torch unpickles it without restrictions
+        try:
+            metadata = _Index(index).load()  # torch unpickles it without restrictions
+        except MemoryError as error:  # of a length that a text in it claims to have
+            raise _damaged(file, error) from error
         names = {part.relative_path for part in metadata.storage_data.values()}
     if outside := sorted(name for name in names if Path(name).name != name):
         raise ValueError(f"{file} must name files beside it, got {outside[0]!r}.")

@@ -22,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from lightning_longrope.attention import choose_attention, say_attention
 from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
 from lightning_longrope.factors import FACTORS_FILE
+from lightning_longrope.geometry import config_fields
 from lightning_longrope.lora import LoRA, merged_weights
 from lightning_longrope.model import install_factors
 from lightning_longrope.out_of_memory import is_out_of_memory
@@ -81,6 +82,7 @@ def _loaded(
     with _loading("model", str(name_or_path)):
         if path.is_dir():
             _check_index(path)
+            _check_size(path, AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
         if (path / FACTORS_FILE).is_file():
             return _load_exported(path, how, trust_remote_code)
         return _whole_model(str(name_or_path), trust_remote_code=trust_remote_code, **how)
@@ -115,6 +117,22 @@ def _check_index(folder: Path) -> None:
         for name in shards.values():
             if not isinstance(name, str) or Path(name).name != name:
                 raise ValueError(f"{path} must name files beside it, got {name!r}.")
+
+
+def _check_size(folder: Path, config: Any) -> None:
+    """Refuses a config of far more weights than its files hold, before transformers fills them with random numbers.
+
+    Raises:
+        ValueError: If embeddings and one matrix a layer alone were 16 times the files' bytes; weights take 1/4 or more.
+    """
+    fields = config_fields(config)
+    width, layers = fields.get("hidden_size") or 0, fields.get("num_hidden_layers") or 0
+    least = width * (fields.get("vocab_size") or 0) + layers * max(1, width) * max(
+        1, fields.get("intermediate_size") or 0
+    )
+    held = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+    if held and least > 16 * held:
+        raise ValueError(f"config.json describes {least:,} weights or more, but its files hold {held:,} bytes")
 
 
 def _whole_model(name_or_path: str, **options: Any) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzzing.readers import Reader
+from fuzzing.reader import Reader
 from lightning_longrope.commands import _line
 
 LONGEST = 2000
@@ -34,9 +34,11 @@ class Attempts:
         """Whether the file was refused, and what is wrong with how it was read or refused; None if nothing is."""
         try:
             value = self._read(data)
-        except (ValueError, OSError) as error:
+        except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
             return True, self._unclear(error)
-        except Exception as error:  # a user would see a traceback
+        except TimeoutError:
+            raise
+        except BaseException as error:  # a user would see a traceback
             return True, _short(error)
         try:
             self.reader.judge(data, value, self.intact)

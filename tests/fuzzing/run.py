@@ -44,9 +44,11 @@ def main() -> int:
     given = parser.parse_args()
     guided = not given.plain and _has_atheris()
     readers = [reader for reader in _readers(guided) if any(part in reader.name for part in given.only or [""])]
-    rows = {reader.name: _run_apart(reader, given, guided) for reader in readers}
-    if given.out is not None:
-        _write(given, rows, guided)
+    rows = {}
+    for reader in readers:
+        rows[reader.name] = _run_apart(reader, given, guided)
+        if given.out is not None:
+            _write(given.out, {reader.name: {**rows[reader.name], "seed": given.seed, "guided": guided}})
     finds = sum(row["finds"] for row in rows.values())
     inputs = sum(row["inputs"] for row in rows.values())
     sys.stdout.write(
@@ -191,13 +193,13 @@ class _Work:
         sys.stdout.flush()
 
 
-def _write(given: Any, rows: dict[str, dict[str, Any]], guided: bool) -> None:
+def _write(out: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Puts rows into a file of results, where those of other readers stay."""
     from lightning_longrope.files import write_json
 
-    earlier = json.loads(given.out.read_text())["readers"] if given.out.exists() else {}
+    earlier = json.loads(out.read_text())["readers"] if out.exists() else {}
     versions = {name: version(name) for name in ("torch", "transformers", "pyarrow", "PyYAML", "safetensors")}
-    marked = {name: {**row, "seed": given.seed, "guided": guided} for name, row in rows.items()}
-    write_json(given.out, {"python": platform.python_version(), "versions": versions, "readers": {**earlier, **marked}})
+    write_json(out, {"versions": {"python": platform.python_version(), **versions}, "readers": {**earlier, **rows}})
 
 
 if __name__ == "__main__":
