@@ -237,7 +237,11 @@ def _is_distributed(path: Path) -> bool:
 
 def _load(path: Path) -> Any:
     with _reading(path):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            _check_file(path)  # says what there is, where torch advises to load it all the same
+            raise
 
 
 @contextmanager

@@ -315,6 +315,8 @@ def read_entries(path: Path) -> str | dict[str, Any]:
     checksum = entries.pop(_CHECKSUM, None)
     if checksum is not None and checksum != _checksum(entries):
         raise ValueError(f"its `{_CHECKSUM}` does not match. It is damaged; if you have edited it, delete that entry.")
+    if "tables" in entries and len(entries) > 1:
+        raise ValueError(f"`tables` stand alone in a file, got the keys {sorted(entries)}.")
     return entries
 
 

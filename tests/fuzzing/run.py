@@ -2,7 +2,7 @@
 
 Where atheris is installed it looks for files that reach new code, on top of the accidents in ``damage.py``; else those
 alone are tried. An input that ends in a traceback, in an error without the name of the file, in no answer for 20
-seconds, in more than 4 GiB, or in another value than an independent parser reads, is kept and fails the run. A reader
+seconds of the processor, in more than 4 GiB, or in another value than an independent parser reads, is kept and fails the run. A reader
 runs in a process of its own, so that one that ends it is found too.
 
     python tests/fuzzing/run.py -n 10000 --seed 0 --out benchmarks/results/fuzz.json
@@ -111,7 +111,7 @@ def _fuzz(reader: Any, inputs: int, seed: int, guided: bool, finds: Path, told: 
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libFuzzer talks, and so do libraries about what they refuse
     resource.setrlimit(resource.RLIMIT_AS, (_virtual() + (GIB << 30), resource.RLIM_INFINITY))
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGPROF, _too_long)
     with tempfile.TemporaryDirectory() as folder:
         work = _Work(Attempts(reader, Path(folder)), inputs, finds, told)
         if guided:
@@ -149,7 +149,7 @@ def _virtual() -> int:
 
 
 def _too_long(*_: Any) -> NoReturn:
-    raise TimeoutError(f"no answer in {SECONDS} s")
+    raise TimeoutError(f"no answer in {SECONDS} s of the processor")
 
 
 class _Work:
@@ -162,13 +162,13 @@ class _Work:
         self.began = time.monotonic()
 
     def try_one(self, data: bytes) -> None:
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             refused, problem = self.attempts.problem(bytes(data))
         except BaseException as error:  # a time-out is raised wherever the program is
             refused, problem = True, repr(error)
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         self.counts["inputs"] += 1
         self.counts["refused" if refused else "read"] += 1
         if problem is not None:
