@@ -38,12 +38,12 @@ from lightning_longrope.locks import hold
 from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.reading import check_yaml
-from lightning_longrope.redaction import redact
+from lightning_longrope.redaction import redact_all
 from lightning_longrope.reporting.results import Results, read_results
 from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy  # noqa: F401 - by name in configs
 from lightning_longrope.strategies.whole_file import WholeFileIO
 from lightning_longrope.tables import LengthTables
-from lightning_longrope.tracking import finish, keep_wandb_id, log_config, log_results
+from lightning_longrope.tracking import finish, hide_words, keep_wandb_id, log_config, log_results
 
 log = logging.getLogger("lightning_longrope")
 
@@ -231,7 +231,8 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        config = redact(self.parser.dump(self.config, skip_none=False))
+        entries = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config = yaml.safe_dump(redact_all(entries), sort_keys=False, allow_unicode=True, width=1 << 16)
         write_text(Path(trainer.default_root_dir) / "config.yaml", config)
         log_config(trainer, config)
 
@@ -284,7 +285,8 @@ class LongRoPECLI(LightningCLI):
         trainer = config.trainer
         take_launched_processes(trainer)
         check_resumed(config.get("ckpt_path"), config.get("weights_only"))
-        keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
+        if not self.check:
+            keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
         if str(trainer.precision).startswith("bf16") and not bf16_runs():
             log.info("This processor has no bf16: going on in float32 (trainer.precision=32-true).")
             trainer.precision = "32-true"
@@ -301,6 +303,7 @@ class LongRoPECLI(LightningCLI):
             self.trainer.callbacks.append(SaveOnStop())  # type: ignore[attr-defined]
             if self.trainer.strategy._checkpoint_io is None:
                 self.trainer.strategy.checkpoint_io = WholeFileIO()
+            hide_words(self.trainer)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

@@ -10,8 +10,9 @@ A run folder is one wandb run: its id stands in ``wandb-id``, so a run that was 
 import io
 import math
 import re
+import sys
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_longrope.files import write_text
 from lightning_longrope.metrics import Measurement
 from lightning_longrope.reading import read_text
+from lightning_longrope.redaction import redact_words
 from lightning_longrope.reporting import figures
 from lightning_longrope.reporting.names import ACCURACIES
 from lightning_longrope.reporting.results import COLUMNS, Result, Results, results_text
@@ -160,6 +162,32 @@ def keep_wandb_id(config: Any, root: str | None, resumed: bool) -> None:
             settings["id"] = _kept_id(path, keep=root is not None or resumed)
         if root is not None and str(settings.get("save_dir")) == ".":
             settings["save_dir"] = root
+
+
+def hide_words(trainer: Trainer) -> None:
+    """Lets wandb, which keeps the words of the command line, see them without credentials.
+
+    Other processes are started with all of them, before a logger begins its run.
+
+    Args:
+        trainer: Its loggers are changed in place.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            begin = property(_with_words_hidden(type(logger).experiment))
+            logger.__class__ = type(type(logger).__name__, (type(logger),), {"experiment": begin})
+
+
+def _with_words_hidden(experiment: Any) -> Callable[[WandbLogger], Any]:
+    def begun(logger: WandbLogger) -> Any:
+        words = sys.argv
+        sys.argv = redact_words(words)
+        try:
+            return experiment.__get__(logger)
+        finally:
+            sys.argv = words
+
+    return begun
 
 
 def _kept_id(path: Path, keep: bool) -> str | None:

@@ -33,7 +33,7 @@ from lightning_longrope.commands.export import CHECKPOINT, export_arguments, exp
 from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.files import write_json
 from lightning_longrope.recipes import Stage, from_model, read_recipe, with_seed
-from lightning_longrope.redaction import redact_all
+from lightning_longrope.redaction import redact_all, redact_words
 
 log = logging.getLogger("lightning_longrope")
 
@@ -61,7 +61,7 @@ def run(command: str, arguments: list[str]) -> None:
     with only_run(out):
         if peers.current() is not None:
             _check_shared(out)
-        _run_all(out, given, shlex.join(["longrope", command, *arguments]), stages, overrides)
+        _run_all(out, given, shlex.join(redact_words(["longrope", command, *arguments])), stages, overrides)
 
 
 def _run_all(out: Path, given: argparse.Namespace, command: str, stages: list[Stage], overrides: list[str]) -> None:

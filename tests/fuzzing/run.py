@@ -2,8 +2,8 @@
 
 Where atheris is installed it looks for files that reach new code, on top of the accidents in ``damage.py``; else those
 alone are tried. An input that ends in a traceback, in an error without the name of the file, in no answer for 20
-seconds of the processor, in more than 4 GiB, or in another value than an independent parser reads, is kept and fails the run. A reader
-runs in a process of its own, so that one that ends it is found too.
+seconds of the processor, in more than 4 GiB, or in another value than an independent parser reads, is kept and fails
+the run. A reader runs in a process of its own, so that one that ends it is found too.
 
     python tests/fuzzing/run.py -n 10000 --seed 0 --out benchmarks/results/fuzz.json
     python tests/fuzzing/run.py -n 500 --only csv

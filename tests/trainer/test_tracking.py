@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 import struct
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -19,8 +21,16 @@ from lightning_longrope.tracking import finish, keep_wandb_id, log_search, log_s
 
 wandb = pytest.importorskip("wandb")
 
-PLANTED = {"WANDB_API_KEY": "51ab" * 10, "HF_TOKEN": "not of the usual shape"}
+PLANTED = {
+    "WANDB_API_KEY": "51ab" * 10,
+    "HF_TOKEN": "not of the usual shape",
+    "AWS_SECRET_ACCESS_KEY": "planted+AWS/secret=2",
+    "DB_PASSWORD": 'planted, database "password"',
+}
 IN_CONFIG, IN_COMMAND = "a-password-of-the-hub", "another-password"
+WITH_SPACES, IN_LIST, IN_ADDRESS = "a password: of # words", "one key of several", "planted-in-an-address"
+IN_OPTION = "a-key-on-the-command-line"
+SECRETS = [*PLANTED.values(), IN_CONFIG, IN_COMMAND, WITH_SPACES, IN_LIST, IN_ADDRESS, IN_OPTION]
 MODEL = {**LLAMA, "vocab_size": 300, "hidden_size": 32, "max_position_embeddings": 64}
 MEASURING = [
     ("PerplexityByLength", {"lengths": [64, 128], "documents": 2}),
@@ -49,8 +59,10 @@ def stage(command, callbacks, **extra):
 class Uploader(Callback):
     """Has a credential in its configuration."""
 
-    def __init__(self, token: str) -> None:
-        assert token == IN_CONFIG
+    def __init__(self, token: str, password: str, api_keys: list[str], address: str) -> None:
+        assert (token, password) == (IN_CONFIG, WITH_SPACES)
+        assert api_keys in ([IN_LIST], [IN_OPTION])
+        assert IN_ADDRESS in address
 
 
 SAVING = part("lightning.pytorch.callbacks.ModelCheckpoint",
@@ -61,7 +73,10 @@ FIT = stage(
     trainer={"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
     model={"init_args": {"config": MODEL}},
 )
-FIT["trainer"]["callbacks"] += [SAVING, part("test_tracking.Uploader", token=IN_CONFIG)]
+FIT["trainer"]["callbacks"] += [SAVING, part(
+    "test_tracking.Uploader", token=IN_CONFIG, password=WITH_SPACES, api_keys=[IN_LIST],
+    address=f"https://me:{IN_ADDRESS}@host/x?api_key={IN_ADDRESS}",
+)]  # fmt: skip
 COMPARE = stage("compare", MEASURING, model={"init_args": {"name_or_path": "{out}/1-fit/checkpoints/last.ckpt"}},
                 target_length=128, methods=["none", "yarn"])  # fmt: skip
 
@@ -119,6 +134,20 @@ def hashed(path):
     return base64.b64encode(hashlib.md5(path.read_bytes()).digest()).decode()
 
 
+def forms(secret):
+    """A secret as it is, as JSON and addresses write it, and in base64 wherever it begins among three bytes."""
+    yield from {secret.encode(), json.dumps(secret)[1:-1].encode(), quote(secret, safe="").encode()}
+    for shift in range(3):
+        encoded = base64.b64encode(b"\0" * shift + secret.encode())
+        yield encoded[4 if shift else 0 : len(encoded) - 4]  # without the ends, which depend on what is around
+
+
+def test_a_secret_is_found_wherever_it_begins_in_base64():
+    for shift in range(3):
+        hidden = base64.b64encode(b"x" * shift + SECRETS[0].encode() + b"tail")
+        assert any(form in hidden for form in forms(SECRETS[0]))
+
+
 def rows(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
@@ -136,10 +165,19 @@ def out(tmp_path_factory):
         for name, value in {**environment, **PLANTED}.items():
             patch.setenv(name, value)
         secret = f"--trainer.default_root_dir=s3://me:{IN_COMMAND}@host/"
-        assert main(["run", str(root / "recipe"), "--out", str(out), secret]) == 0
+        words = ["run", str(root / "recipe"), "--out", str(out), secret]
+        patch.setattr("sys.argv", ["longrope", *words])  # which wandb keeps
+        with (root / "said.txt").open("w") as said, redirect_stdout(said), redirect_stderr(said):
+            assert main(words) == 0
+            address = f"https://me:{IN_ADDRESS}@host/x"
+            assert main(["report", address]) == 2
+            assert main(["data", "-c", str(root / "recipe/1-fit.yaml"), f"--data.tokenizer={address}"]) == 2
         shutil.copytree(out, root / "first")
         words = ["--trainer.max_steps", "6", "--ckpt_path", str(out / "1-fit/checkpoints/last.ckpt")]
-        assert main(["fit", "-c", str(root / "recipe/1-fit.yaml"), "--out", str(out), *words]) == 0
+        words += [f"--trainer.callbacks.api_keys=['{IN_OPTION}']"]
+        words = ["fit", "-c", str(root / "recipe/1-fit.yaml"), "--out", str(out), *words]
+        patch.setattr("sys.argv", ["longrope", *words])
+        assert main(words) == 0
     return root / "first"
 
 
@@ -231,15 +269,19 @@ def test_other_loggers_get_the_numbers(out):
 
 
 def test_credentials_stay_out_of_what_a_run_writes_about_itself(out):
-    said = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    said = {path: content for path, content in said.items() if path.suffix != ".ckpt"}
+    said = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file() and "recipe" not in path.parts}
     names = {path.name for path in said}
-    assert {"report.html", "run.json", "config.yaml", "results.csv", Kept(out / "1-fit").files[0].name} <= names
-    for secret in (*PLANTED.values(), IN_CONFIG, IN_COMMAND):
-        assert [path for path, content in said.items() if secret.encode() in content] == []
+    assert {"report.html", "run.json", "config.yaml", "results.csv", "said.txt", "last.ckpt"} <= names
+    assert Kept(out / "1-fit").files[0].name in names
+    assert (out.parent / "said.txt").read_text().count("REDACTED@host") == 3  # in two errors
+    for secret in SECRETS:
+        assert [path for path, content in said.items() if any(form in content for form in forms(secret))] == []
     assert "default_root_dir=s3://REDACTED@host/" in json.loads((out / "run.json").read_text())["command"]
     config = yaml.safe_load((out / "1-fit/config.yaml").read_text())
-    assert config["trainer"]["callbacks"][-1]["init_args"] == {"token": "REDACTED"}
+    assert config["trainer"]["callbacks"][-1]["init_args"] == {
+        "token": "REDACTED", "password": "REDACTED", "api_keys": ["REDACTED"],
+        "address": "https://REDACTED@host/x?api_key=REDACTED",
+    }  # fmt: skip
     assert config["data"]["init_args"]["vocab_size"] == 300
     assert Kept(out / "1-fit").config["data"] == config["data"]
 

@@ -1,8 +1,10 @@
 """What is a credential, by name, by shape and by environment, and what only looks like one."""
 
+import time
+
 import pytest
 
-from lightning_longrope.redaction import MARK, redact, redact_all
+from lightning_longrope.redaction import MARK, redact, redact_all, redact_words
 
 SECRET = "b7f1c0ffee" * 4
 
@@ -21,6 +23,7 @@ SECRET = "b7f1c0ffee" * 4
         "path: s3://user:{}@bucket/books",
         "file: https://host/x.zst?X-Amz-Signature={}&part=3",
         "- password: {}",
+        "no run at /home/x/https:/user:{}@host/x",
     ],
 )
 def test_what_stands_behind_a_telling_name(text):
@@ -30,6 +33,50 @@ def test_what_stands_behind_a_telling_name(text):
     before, after = text.format("\0").split("\0")
     assert found.startswith(before.rstrip("'\"").removesuffix("user:"))
     assert found.endswith(after.lstrip("'\""))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-",
+        "--",
+        "a-",
+        "--token",
+        "token",
+        "?token",
+        "://",
+        "://x@",
+        'token: "',
+        "sk-",
+        " ",
+        "= ",
+        "hf_",
+        "password",
+        "token: [",
+    ],
+)
+def test_a_line_of_a_million_letters_takes_a_moment(line):
+    began = time.process_time()
+    redact(line * (1_000_000 // len(line)))
+    assert time.process_time() - began < 10
+
+
+def test_lists_and_words_behind_a_telling_name():
+    given = {"api_keys": [SECRET, SECRET], "password": f"{SECRET} and more", "n_tokens": "many"}
+    assert redact_all(given) == {"api_keys": [MARK, MARK], "password": MARK, "n_tokens": "many"}
+
+
+def test_lists_behind_a_telling_name():
+    given = f"api_keys: ['{SECRET}', '{SECRET}']\n--data.tokens=['x'] --data.token ['{SECRET}'] --seed 1"
+    assert redact(given) == f"api_keys: {MARK}\n--data.tokens=['x'] --data.token {MARK} --seed 1"
+
+
+def test_words_of_a_command():
+    secret = "two words"
+    given = ["fit", f"--data.token={secret}", "--password", secret, "--api_keys", f"['{secret}', '{secret}']", "-c"]
+    assert redact_words(given) == ["fit", f"--data.token={MARK}", "--password", MARK, "--api_keys", MARK, "-c"]
+    given = ["--tokenizer", "gpt2", "--data.eos_token", "</s>", "--token", "--seed=1", f"x=s3://me:{SECRET}@host"]
+    assert redact_words(given) == [*given[:-1], f"x=s3://{MARK}@host"]
 
 
 @pytest.mark.parametrize(
