@@ -28,7 +28,9 @@ CHECKED = {"universal_groups"}
 CODE = """
 import pathlib
 pathlib.Path("evil").touch()
-from transformers import LlamaConfig as Config, LlamaForCausalLM as Model, PreTrainedTokenizerFast as Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM as Model, PreTrainedTokenizerFast as Tokenizer
+class Config(LlamaConfig):
+    model_type = "unheard_of"
 """
 
 
