@@ -280,6 +280,10 @@ class LongRoPECLI(LightningCLI):
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the model is what the configuration says, not what a checkpoint to resume from says."""
+
+    @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         trainer = config.trainer

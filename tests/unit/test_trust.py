@@ -155,6 +155,9 @@ def test_code_in_a_checkpoint_is_run_neither_to_load_nor_to_resume(here, capsys)
             check_resumable(path)
         assert main(["fit", "-c", "fit.yaml", "--ckpt_path", str(path)]) == 2
         assert "not safe to read" in capsys.readouterr().err
+    torch.save({"hyper_parameters": {"_class_path": "subprocess.Popen", "args": ["touch", "evil"]}}, here / "c.ckpt")
+    model = LongRoPECLI(["fit", "-c", "fit.yaml", "--ckpt_path", "c.ckpt"], check=True).config.fit.model
+    assert model.class_path == "lightning_longrope.LongRoPEModule"
     with pytest.raises(ValueError, match="download the checkpoint first"):
         check_resumed("https://host/a.ckpt", None)
     check_resumed(str(here / "a.ckpt"), False)  # which asks for it
