@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from typing_extensions import override
 
+from lightning_longrope.collectives import is_broken_collective
 from lightning_longrope.out_of_memory import is_out_of_memory
 from lightning_longrope.reading import MALFORMED, read_text
 
@@ -74,7 +75,7 @@ def read_checkpoint(path: Path, values: bool = True) -> tuple[dict[str, Any], di
         ValueError: If there is no such checkpoint, another module has written it, or it is not whole or not safe.
     """
     extra = _read_extra(path)
-    if values:
+    if values and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a node, not each of them again
         for file in _archives(path):
             _check_whole(file)
     if is_deepspeed(path):
@@ -250,7 +251,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, pickle.PickleError, EOFError, OSError, struct.error, zipfile.BadZipFile, *MALFORMED) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_broken_collective(error):
             raise
         raise _damaged(path, error) from error
     except CheckpointException as error:  # which is no Exception

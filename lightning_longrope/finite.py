@@ -156,7 +156,8 @@ def _failure(trainer: Trainer, step: int, losses: list[float], skipped: int) -> 
 
 
 def _last_checkpoint(trainer: Trainer) -> str:
-    paths = [c.last_model_path or c.best_model_path for c in trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+    names = ("last_model_path", "best_model_path")  # of ModelCheckpoint; others may not say where they save
+    paths = [getattr(one, name, "") for one in trainer.checkpoint_callbacks for name in names]
     return next(filter(None, [*paths, trainer.ckpt_path]), "")
 
 

@@ -21,6 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lightning_longrope.attention import choose_attention, say_attention
 from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
+from lightning_longrope.collectives import is_broken_collective
 from lightning_longrope.factors import FACTORS_FILE
 from lightning_longrope.geometry import config_fields
 from lightning_longrope.lora import LoRA, merged_weights
@@ -142,11 +143,20 @@ def _whole_model(name_or_path: str, **options: Any) -> PreTrainedModel:
         ValueError: If its files lack weights, which transformers makes at random, or have layers that it leaves out.
     """
     model, found = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
-    lost = sorted(name for name in found["unexpected_keys"] if re.search(r"\.\d+\..*\.weight$", name))
-    for what, names in (("lack", sorted(found["missing_keys"])), ("hold, beyond what config.json describes,", lost)):
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    lacking = sorted(weights.intersection(found["missing_keys"]))
+    lists = {_in_list(name) for name in weights} - {None}  # a vision tower and old buffers may be left out
+    lost = sorted(name for name in found["unexpected_keys"] if _in_list(name) in lists)
+    for what, names in (("lack", lacking), ("hold, beyond what config.json describes,", lost)):
         if names:
             raise ValueError(f"its files {what} {len(names)} weights, {names[0]} among them")
     return model
+
+
+def _in_list(name: str) -> str | None:
+    """The list of layers a weight is in, ``model.layers`` of ``model.layers.3.norm.weight``; None if it is in none."""
+    found = re.match(r"(.*?)\.\d+\..*(\.weight|proj\.bias)$", name)
+    return found and found[1]
 
 
 def find_tokenizer(checkpoint: Path) -> str | None:
@@ -176,7 +186,7 @@ def _loading(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_broken_collective(error):
             raise
         raise ValueError(_cannot_load(what, name, error)) from error
 

@@ -67,8 +67,10 @@ def in_parts(model: Any, tokens: int) -> Iterator[None]:
 
 
 def _forwards(model: Any) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """Modules that work in parts, and how."""
+    """Modules that work in parts, and how; none where ZeRO-3 gathers weights at each call, which all must join."""
     layers = decoder_layers(model)
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        return
     for parent in (model.base_model, *layers):
         for norm in norms_of(parent):
             yield norm, partial(by_tokens, norm.forward)
@@ -106,7 +108,7 @@ def by_tokens(forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
 def by_heads(module: Any, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """What an attention layer gives, some heads at a time where all queries are too large.
 
-    The first time a layer is asked, it must give the same both ways for a few tokens; else it stays whole.
+    The layer must give the same both ways for a few tokens; else it stays whole.
 
     Args:
         module: The layer, with projections of heads that are plain.
@@ -121,9 +123,8 @@ def by_heads(module: Any, forward: Callable[..., Any], *args: Any, **options: An
     if heads * elements <= GROUP:
         return forward(**options)
     step = heads_at_a_time(heads, heads // keys, GROUP // elements)
-    if "takes_groups" not in vars(module):
-        module.takes_groups = _same_in_groups(module, forward, options)
-    return _grouped(module, step, options) if module.takes_groups else forward(**options)
+    right = _same_in_groups(module, forward, options)
+    return _grouped(module, step, options) if right else forward(**options)
 
 
 def _grouped(module: Any, step: int, options: dict[str, Any]) -> tuple[Tensor, None]:
@@ -149,7 +150,7 @@ def _has_plain_heads(module: nn.Module) -> bool:
 def _is_plain(layer: Any) -> bool:
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    return not any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in layer.parameters())
+    return not any(hasattr(p, "full_tensor") for p in layer.parameters())
 
 
 def _heads(module: Any) -> tuple[int, int]:

@@ -30,7 +30,8 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 
-from lightning_longrope.peers.lines import TIMEOUT, DecidedError, LostPeerError, Peer, Peers
+from lightning_longrope.collectives import LostPeerError
+from lightning_longrope.peers.lines import TIMEOUT, DecidedError, Peer, Peers
 from lightning_longrope.stopping import StoppedError
 
 __all__ = [

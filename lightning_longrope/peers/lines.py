@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_longrope.collectives import LostPeerError, is_broken_collective
 
 log = logging.getLogger("lightning_longrope")
 
@@ -64,10 +66,6 @@ class Loss:
 
     def __str__(self) -> str:
         return f"{self.peer} {self.what}. {_AGAIN}"
-
-
-class LostPeerError(ConnectionError):
-    """The run cannot go on: one of its processes is lost."""
 
 
 class DecidedError(ValueError):
@@ -183,7 +181,7 @@ class Peers:
         """Who is lost, if that is what an error comes from; otherwise the others learn of the error."""
         if isinstance(error, DecidedError):
             return None  # all end alike
-        if isinstance(error, LostPeerError) or _is_broken_collective(error):
+        if is_broken_collective(error):
             with self._changed:
                 self._changed.wait_for(lambda: self.loss, _VERDICT)
         if (loss := self.loss) is None:
@@ -375,13 +373,6 @@ class Peers:
             line.end.close()
         if self._listening is not None:
             self._listening.close()
-
-
-def _is_broken_collective(error: BaseException) -> bool:
-    marks = ("gloo/", "monitoredBarrier", "NCCL")
-    return isinstance(error, DistError) or (
-        isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
-    )
 
 
 def _address(end: socket.socket) -> str:

@@ -17,7 +17,7 @@ FLOORS = [  # each may import from its own floor and those before it
     | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory"}
     | {"onednn", "memory"}
     | {"attention", "checkpoints", "estimate", "heads", "levers", "lora", "reading", "run_settings", "sliding"}
-    | {"locks", "stopping"},
+    | {"collectives", "locks", "stopping"},
     {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
     | {"doctor", "generating", "reporting", "isolation", "layers", "long_rows", "sequence_parallel", "sizes"},
     {"advising", "finite", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},

@@ -175,3 +175,43 @@ def test_what_a_config_does_not_tell_is_not_made_up():
         16,
         64,
     ]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a small model's folder with other weights than its config describes."""
+    model = _model("qwen2")
+
+    def save(without=(), extra=()):
+        weights = {name: value for name, value in model.state_dict().items() if name not in without}
+        model.save_pretrained(tmp_path, state_dict=weights | {name: torch.ones(2) for name in extra})
+        return tmp_path
+
+    return save
+
+
+def test_weights_of_other_parts_and_old_buffers_are_left_aside(saved):
+    load_model(saved(extra=["visual.blocks.0.norm.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"without": ["model.layers.1.mlp.up_proj.weight"]}, "lack 1 weights, model.layers.1.mlp.up_proj.weight"),
+        ({"extra": ["model.layers.2.mlp.up_proj.weight"]}, "hold, beyond what config.json describes, 1 weights"),
+        ({"extra": ["model.layers.0.mlp.up_proj.bias"]}, "hold, beyond what config.json describes, 1 weights"),
+    ],
+)
+def test_a_model_that_would_be_another_than_its_files_is_refused(saved, change, message):
+    folder = saved(**change)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_the_loss_of_another_process_is_not_blamed_on_the_folder(saved, monkeypatch):
+    def lose(*args, **options):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:554] Connection closed by peer")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lose)
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        load_model(saved())
