@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPU_TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
-.PHONY: install quickstart test torture docs clean
+.PHONY: install quickstart test torture soak docs clean
 
 install: $(VENV)/installed
 
@@ -31,6 +31,11 @@ N ?= 100
 SEED ?= $(shell date +%s)
 torture: install
 	PYTHONPATH=tests $(BIN)/python -m torture --moments $(N) --seed $(SEED)
+
+# Training, evaluation and search over and over: samples add up in benchmarks/results/soak.jsonl.
+MINUTES ?= 30
+soak: install
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 docs: install
 	$(BIN)/sphinx-build -E -W --keep-going -q docs docs/_build/html
