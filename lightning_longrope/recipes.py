@@ -15,6 +15,8 @@ from typing import Any
 from lightning_longrope.reading import is_number, read_json_object, read_yaml
 
 STAGE_NAME = re.compile(r"\d+-[A-Za-z0-9_-]+\.yaml")
+SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+"""Where the recipes of this package are: installed, and in a checkout."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,37 @@ def read_stage(path: Path, out: Path, *, short: bool = False) -> Stage:
     return Stage(path.stem, command, config, out)
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with this package, by name."""
+    folders = (folder for home in SHIPPED for folder in home.glob("*"))
+    return {folder.name: folder for folder in sorted(folders) if _stage_files(folder)}
+
+
+def _stage_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.yaml") if STAGE_NAME.fullmatch(path.name)]
+
+
 def read_recipe(recipe: Path, out: Path, *, short: bool = False) -> list[Stage]:
     """The stages of a recipe in the order of their numbers.
+
+    Args:
+        recipe: Its folder; or, where there is no such folder, the name of one that comes with this package, such as
+            ``quickstart`` or ``configs/quickstart``.
+        out: Output folder of the recipe, put in place of ``{out}``.
+        short: Apply the values under ``short``.
 
     Raises:
         ValueError: If the folder is missing or holds no stage file.
     """
-    paths = [path for path in recipe.glob("*.yaml") if STAGE_NAME.fullmatch(path.name)]
+    shipped = {} if recipe.exists() else shipped_recipes()
+    if recipe.parent.name in ("", "configs"):
+        recipe = shipped.get(recipe.name, recipe)
+    paths = _stage_files(recipe)
     if not paths:
-        raise ValueError(f"The recipe {recipe} must be a folder with stage files such as `1-search.yaml`, found none.")
+        names = f" Recipes that come with the package: {', '.join(shipped)}." if shipped else ""
+        raise ValueError(
+            f"The recipe {recipe} must be a folder with stage files such as `1-search.yaml`, found none.{names}"
+        )
     return [read_stage(path, out, short=short) for path in sorted(paths, key=lambda path: int(path.stem.split("-")[0]))]
 
 

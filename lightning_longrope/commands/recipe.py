@@ -44,7 +44,7 @@ _WITHIN = "LONGROPE_WITHIN"
 def run(command: str, arguments: list[str]) -> None:
     """``longrope run RECIPE``: every stage that is not finished, then the report."""
     parser = Parser(prog="longrope run", description="Runs the numbered stages of a folder in order.")
-    parser.add_argument("recipe", type=Path, help="folder with files such as 1-search.yaml")
+    parser.add_argument("recipe", type=Path, help="folder with files such as 1-search.yaml, or quickstart, ...")
     parser.add_argument("--out", type=Path, help="output folder; runs/<recipe> by default")
     parser.add_argument("--seed", type=int, help="seed of every stage, in place of those in the files")
     parser.add_argument("--short", action="store_true", help="few steps, for tests")

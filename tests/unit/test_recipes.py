@@ -1,5 +1,7 @@
 """Recipes: order, placeholders, seeds, a given model, and what cannot be read."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -60,6 +62,22 @@ def test_a_given_model_takes_the_place_of_what_the_first_stage_would_have_made(r
     assert stages[0].config["data"]["init_args"]["tokenizer"] == "my/model"
     assert stages[1].config["tokenizer"] == "my/model"
     assert stages[1].config["run"] == f"{tmp_path}/out/2-search"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "configs/quickstart"])
+def test_recipes_that_come_with_the_package_are_found_by_name_unless_there_is_such_a_folder(
+    name, recipe, tmp_path, monkeypatch
+):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert [stage.command for stage in read_recipe(Path(name), tmp_path / "out")] == [
+        "fit", "search", "fit", "compare", "export"]  # fmt: skip
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).symlink_to(recipe, target_is_directory=True)
+    assert len(read_recipe(Path(name), tmp_path / "out")) == 3
+    with pytest.raises(ValueError, match=r"found none\. Recipes that come with the package: .*quickstart, tiny-prog"):
+        read_recipe(Path("quickly"), tmp_path / "out")
 
 
 def test_a_changed_configuration_has_another_digest(recipe, tmp_path):
