@@ -29,9 +29,9 @@ def wrong_in_wheel(path: Path) -> list[str]:
     found = [f"{name} is missing" for name in sorted(wanted - code)]
     found += [f"{name} does not belong there" for name in sorted(code - wanted)]
     found += [f"{name} is missing" for name in ("licenses/LICENSE", "entry_points.txt") if info + name not in names]
-    fields = ("License-Expression", "Classifier", "Keywords", "Project-URL", "Description", "Requires-Python")
-    body = metadata.get_payload()
-    found += [f"its metadata has no {field}" for field in fields if not metadata[field] and (field, bool(body)) != ("Description", True)]
+    fields = ("License-Expression", "Classifier", "Keywords", "Project-URL", "Requires-Python")
+    found += [f"its metadata has no {field}" for field in fields if not metadata[field]]
+    found += [] if metadata.get_payload() else ["its metadata has no description"]
     return found
 
 
