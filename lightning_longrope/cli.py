@@ -12,7 +12,6 @@ import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -46,6 +45,9 @@ from lightning_longrope.tables import LengthTables
 from lightning_longrope.tracking import finish, hide_words, keep_wandb_id, log_config, log_results
 
 log = logging.getLogger("lightning_longrope")
+
+WRITING = ("fit", "search", "compare", "eval")
+"""Commands that keep their folder to themselves, where one is given; the others only measure."""
 
 
 class LongRoPETrainer(Trainer):
@@ -248,20 +250,21 @@ class LongRoPECLI(LightningCLI):
     def __init__(self, args: ArgsType, check: bool = False) -> None:
         self.check = check
         choose_accelerator()  # parsing may import DeepSpeed
-        super().__init__(
-            LongRoPEModule,
-            LightningDataModule,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            trainer_class=LongRoPETrainer,
-            seed_everything_default=0,
-            parser_class=LongRoPEParser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=args,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        with ExitStack() as self._until_the_end:
+            super().__init__(
+                LongRoPEModule,
+                LightningDataModule,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                trainer_class=LongRoPETrainer,
+                seed_everything_default=0,
+                parser_class=LongRoPEParser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=args,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
 
     @staticmethod
     @override
@@ -289,8 +292,11 @@ class LongRoPECLI(LightningCLI):
         trainer = config.trainer
         take_launched_processes(trainer)
         check_resumed(config.get("ckpt_path"), config.get("weights_only"))
-        if not self.check:
-            keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
+        if self.check:
+            return
+        if trainer.default_root_dir is not None and self.subcommand in WRITING:
+            self._until_the_end.enter_context(only_run(trainer.default_root_dir))
+        keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
         if str(trainer.precision).startswith("bf16") and not bf16_runs():
             log.info("This processor has no bf16: going on in float32 (trainer.precision=32-true).")
             trainer.precision = "32-true"
@@ -312,7 +318,7 @@ class LongRoPECLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.check:
-            with only_run(self.trainer.default_root_dir), naming(self.trainer.default_root_dir):
+            with naming(self.trainer.default_root_dir):
                 for saver in self.trainer.checkpoint_callbacks:
                     if folder := getattr(saver, "dirpath", None):  # else `ckpt_path: last` would not see them
                         put_back_all(Path(folder))
@@ -331,8 +337,9 @@ def only_run(folder: str | Path) -> Iterator[None]:
     """
 
     def enter() -> None:
-        if getattr(rank_zero_only, "rank", 0) == 0 and "://" not in str(folder):
-            stack.enter_context(hold(Path(folder) / ".lock", folder))
+        if peers.is_first() and "://" not in str(folder):
+            lock = hold(Path(folder) / ".lock", folder, remedy="give another folder with --out")
+            stack.enter_context(lock)
 
     with ExitStack() as stack:
         if (launcher := peers.launched()) is not None:

@@ -21,8 +21,8 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_longrope import peers
 from lightning_longrope.files import write_text
 from lightning_longrope.metrics import Measurement
 from lightning_longrope.reading import read_text
@@ -191,7 +191,7 @@ def _with_words_hidden(experiment: Any) -> Callable[[WandbLogger], Any]:
 
 
 def _kept_id(path: Path, keep: bool) -> str | None:
-    if getattr(rank_zero_only, "rank", 0):
+    if not peers.is_first():
         return None  # only the first rank has a run
     known = read_text(path, 1024).strip() if keep and path.is_file() else ""
     if known and not _ID.fullmatch(known):

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_longrope import __version__, peers
 from lightning_longrope.checkpoints import put_back
@@ -79,7 +78,7 @@ def _run_all(out: Path, given: argparse.Namespace, command: str, stages: list[St
         _run_stage(stage, words)
         _write_record(out, record, stages)
     _write_record(out, record, stages)
-    if _is_main_process():
+    if peers.is_first():
         from lightning_longrope.reporting import write_report
 
         sys.stdout.write(f"{write_report(out)}\n")
@@ -118,7 +117,7 @@ def _check_shared(out: Path) -> None:
             time.sleep(0.2)
         peers.wait()
     finally:
-        if _is_main_process():
+        if peers.is_first():
             mark.unlink(missing_ok=True)
 
 
@@ -180,19 +179,19 @@ def _run_stage(stage: Stage, words: list[str]) -> None:
     begin = time.perf_counter()
     if stage.command != "export":
         LongRoPECLI(words)
-    elif _is_main_process():
+    elif peers.is_first():
         export_checkpoint(**export_arguments(stage))
     # What a stage leaves in memory is no business of the next one.
     gc.collect()
     torch.compiler.reset()
     seconds = round(time.perf_counter() - begin, 1)
     peers.wait()  # a stage is finished when all have ended it
-    if _is_main_process():
+    if peers.is_first():
         write_json(stage.folder / "done.json", {"config": stage.digest, "seconds": seconds})
 
 
 def _write_record(out: Path, record: dict[str, Any], stages: list[Stage]) -> None:
-    if not _is_main_process():
+    if not peers.is_first():
         return
     rows = [
         {"name": stage.name, "command": stage.command}
@@ -200,10 +199,6 @@ def _write_record(out: Path, record: dict[str, Any], stages: list[Stage]) -> Non
         for stage in stages
     ]
     write_json(out / "run.json", redact_all({**record, "stages": rows}))
-
-
-def _is_main_process() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _machine() -> str:

@@ -102,10 +102,11 @@ class SampleTextDataModule(TokenDataModule):
         folder = self.cache_dir / f"tokenizer-{digest(texts, self.vocab_size)}"
         if not folder.is_dir():
             with hold(folder.with_name(f".{folder.name}.lock"), folder, wait=True), naming(folder):
-                partial = folder.with_name(f".{folder.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                train_tokenizer(texts, self.vocab_size).save_pretrained(partial)
-                publish(partial, folder)
+                if not folder.is_dir():  # nobody has made it meanwhile
+                    partial = folder.with_name(f".{folder.name}.partial")
+                    shutil.rmtree(partial, ignore_errors=True)
+                    train_tokenizer(texts, self.vocab_size).save_pretrained(partial)
+                    publish(partial, folder)
         from lightning_longrope.loading import load_tokenizer
 
         return load_tokenizer(folder)

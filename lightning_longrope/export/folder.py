@@ -196,7 +196,7 @@ def _check_free(folder: Path) -> None:
 def _written_whole(folder: Path) -> Iterator[Path]:
     """A sibling folder to write into, which takes the place of ``folder`` only if all went well."""
     partial, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "replaced"))
-    with hold(folder.with_name(f".{folder.name}.lock"), folder), naming(folder):
+    with hold(folder.with_name(f".{folder.name}.lock"), folder, remedy="export to another"), naming(folder):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()

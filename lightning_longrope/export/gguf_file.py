@@ -62,7 +62,7 @@ def write_gguf(source: str | Path, out: str | Path, tables: LengthTables, lossy:
     for loss in losses:
         log.warning("Lost in %s: %s.", out, loss)
     partial = out.with_name(f".{out.name}.partial")
-    with hold(out.with_name(f".{out.name}.lock"), out), naming(out):
+    with hold(out.with_name(f".{out.name}.lock"), out, remedy="export to another"), naming(out):
         try:
             _copy(gguf, reader, partial, architecture, plain)
             _verify(gguf, partial, reader, plain)

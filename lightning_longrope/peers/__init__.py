@@ -29,6 +29,7 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_longrope.collectives import LostPeerError
 from lightning_longrope.peers.lines import TIMEOUT, DecidedError, Peer, Peers
@@ -44,6 +45,7 @@ __all__ = [
     "current",
     "decide",
     "explain",
+    "is_first",
     "launched",
     "leave",
     "wait",
@@ -68,6 +70,14 @@ def launched() -> ClusterEnvironment | None:
     kind = next((kind for kind in kinds if kind.detect()), None)
     environment = None if kind is None else kind()
     return environment if environment is not None and environment.world_size() > 1 else None
+
+
+def is_first() -> bool:
+    """Whether this is the first process of the run, also before Lightning has numbered those started by hand."""
+    if (launcher := launched()) is not None:
+        return launcher.global_rank() == 0
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
 def connect(environment: ClusterEnvironment, timeout: float = TIMEOUT) -> Peers:
