@@ -172,9 +172,11 @@ def stretch_lengths(batch: Any) -> NDArray[np.int64]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory so far: allocated by torch on a GPU, resident in this process on a CPU."""
+    """The most memory so far: allocated by torch on a GPU, resident in this process on a CPU; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -319,12 +319,35 @@ class StoreWriter:
 
 def _read_progress(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """What a run with the same identity has saved, None if there is nothing or it is damaged."""
+    if not path.is_file():
+        return None
     try:
         saved = read_json_object(path)
-    except ValueError:
+        saved.setdefault("checksum", None)
+        if not _is_whole(saved):
+            raise ValueError(f"{path} is damaged.")
+        if saved["identity"] != identity:
+            raise ValueError(f"{path} is of other text, another tokenizer or another version.")
+    except ValueError as error:
+        log.warning("Tokenising begins anew: %s", error)
         return None
-    whole = saved.get("checksum") == manifest_checksum(saved)
-    return saved if whole and saved["identity"] == identity else None
+    return saved
+
+
+def _is_whole(saved: dict[str, Any]) -> bool:
+    """Whether nothing of a state has changed; of one without a checksum, as earlier versions wrote, the form counts."""
+    if saved["checksum"] is not None:
+        return bool(saved["checksum"] == manifest_checksum(saved))
+    try:
+        Tally(**{**saved["tally"], "skipped": Skipped(**saved["tally"]["skipped"])})
+        source, record = saved["place"]
+        lengths = [saved["files"][name]["bytes"] for name in FILES]
+        blocks = [len(saved["files"][name]["blocks"]) for name in FILES]
+        covered = [-(-length // BLOCK) for length in lengths]
+    except (KeyError, TypeError, ValueError):
+        return False
+    typed = isinstance(source, str) and all(isinstance(number, int) for number in (record, *lengths))
+    return typed and "identity" in saved and blocks == covered
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

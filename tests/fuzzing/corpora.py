@@ -149,7 +149,10 @@ def _progress() -> list[bytes]:
 
 
 def judge_progress(data: bytes, value: Any, intact: list[Any]) -> None:
-    assert value is None or equal(value, intact[0])
+    if value is not None and value["checksum"] is None:  # as earlier versions wrote it: nothing tells that it changed
+        assert equal({**json.loads(data), "checksum": None}, value)
+    else:
+        assert value is None or equal(value, intact[0])
 
 
 CORPORA = [

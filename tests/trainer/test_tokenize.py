@@ -79,7 +79,7 @@ def test_processes_write_the_same_store_and_the_fragment_is_a_configuration(home
     assert run("-c", FRAGMENT, *options, "--workers", 2, capsys=capsys)[0] == 0
     options[3] = f"--data.cache_dir={tmp_path / '0'}"
     assert run(f"--data={FRAGMENT}", *options, "--workers", 0, capsys=capsys)[0] == 0
-    written = [sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in "01"]
+    written = [sorted(path for path in (tmp_path / name).rglob("[!.]*") if path.is_file()) for name in "01"]
     assert len(written[0]) == 2 * (len(FILES) + 1)
     for one, other in zip(*written, strict=True):
         assert one.parent.name == other.parent.name

@@ -407,7 +407,7 @@ def test_stage_folder_alone_has_a_report(tmp_path):
     page = Page(write_report(tmp_path))
     assert page.headings == ["Nothing has been measured yet."]
     assert "the best formula, YaRN, 3.2140 nats" in page.text
-    assert {path.name for path in tmp_path.iterdir()} == {"search", "figures", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"search", "figures", "report.html", ".report.lock"}
 
 
 def test_unreadable_parts_are_named_and_the_rest_is_reported(run, tmp_path):

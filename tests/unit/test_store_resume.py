@@ -154,7 +154,7 @@ def test_a_store_whose_writer_was_killed_is_the_undisturbed_one(runs, name):
     assert len(deaths) >= {"often": 10, "seldom": 1, "processes": 3}.get(name, 1)
     assert codes[name][-1] == 0
     assert content(home / name / "store") == content(home / "undisturbed/store")
-    assert sorted(path.name for path in (home / name).iterdir()) == ["store", "store.events"]
+    assert sorted(path.name for path in (home / name).iterdir()) == [".store.lock", "store", "store.events"]
 
 
 def test_a_changed_corpus_or_tokenizer_begins_anew(tmp_path):
@@ -168,4 +168,42 @@ def test_a_changed_corpus_or_tokenizer_begins_anew(tmp_path):
     store = TokenStore.write(tmp_path / "store", ["of the miller"], byte_level(), fingerprint="two")
     assert store.tokens.tolist() == byte_level()("of the miller", add_special_tokens=False)["input_ids"]
     assert np.diff(store.offsets).tolist() == [len(store.tokens)]
-    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".store.lock", "store"]
+
+
+def cut_after(folder, monkeypatch, count):
+    """A store whose writer was cut after so many of ``TEXT``'s words, each a document."""
+    monkeypatch.setattr("lightning_longrope.datamodules.store_writing.COMMIT", 0.0)
+    monkeypatch.setattr("lightning_longrope.datamodules.store_writing.TEXTS", 1)
+
+    def interrupted():
+        yield from TEXT.split()[:count]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TokenStore.write(folder, interrupted(), byte_level(), fingerprint="one")
+    return folder.with_name(f".{folder.name}.partial") / "progress.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda saved: saved, True),
+        (lambda saved: {key: value for key, value in saved.items() if key != "checksum"}, True),
+        (lambda saved: saved | {"place": ["", 1]}, False),
+        (lambda saved: {key: value for key, value in saved.items() if key not in ("checksum", "tally")}, False),
+    ],
+)
+def test_the_state_of_an_earlier_version_is_taken_up_and_a_damaged_one_dropped_aloud(
+    tmp_path, monkeypatch, caplog, change, kept
+):
+    progress = cut_after(tmp_path / "store", monkeypatch, 20)
+    progress.write_text(json.dumps(change(json.loads(progress.read_text()))))
+    with caplog.at_level("INFO"):
+        store = TokenStore.write(tmp_path / "store", TEXT.split()[:30], byte_level(), fingerprint="one")
+    whole = TokenStore.write(tmp_path / "whole", TEXT.split()[:30], byte_level(), fingerprint="two")
+    assert store.tokens.tolist() == whole.tokens.tolist()
+    assert store.offsets.tolist() == whole.offsets.tolist()
+    assert any("Going on after" in record.message for record in caplog.records) is kept
+    assert any(f"begins anew: {progress} is damaged" in record.message for record in caplog.records) is not kept
+
