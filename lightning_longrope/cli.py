@@ -292,14 +292,17 @@ class LongRoPECLI(LightningCLI):
         trainer = config.trainer
         take_launched_processes(trainer)
         check_resumed(config.get("ckpt_path"), config.get("weights_only"))
-        if self.check:
-            return
-        if trainer.default_root_dir is not None and self.subcommand in WRITING:
-            self._until_the_end.enter_context(only_run(trainer.default_root_dir))
-        keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
+        if not self.check:
+            self._enter(trainer.default_root_dir)
+            keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
         if str(trainer.precision).startswith("bf16") and not bf16_runs():
             log.info("This processor has no bf16: going on in float32 (trainer.precision=32-true).")
             trainer.precision = "32-true"
+
+    def _enter(self, folder: str | None) -> None:
+        """Keeps others out of the folder from here on, if one is named and written to."""
+        if folder is not None and self.subcommand in WRITING:
+            self._until_the_end.enter_context(only_run(folder))
 
     @override
     def _set_seed(self) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from processes import start_ranks
 from torture.material import MODEL, STEPS, write_material
 
+from lightning_longrope import peers
 from lightning_longrope.__main__ import main
 from lightning_longrope.locks import hold
 from lightning_longrope.stopping import STATUS
@@ -131,12 +133,12 @@ def test_a_search_ends_at_once_and_goes_on(material, uncut, tmp_path):
 
 
 HOLDER = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from lightning_longrope.locks import hold
 with hold(Path(sys.argv[1]), "it"):
     print(os.getpid(), flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -149,20 +151,67 @@ def test_a_second_run_is_kept_out_until_the_first_is_dead(material, tmp_path, ca
     tiny_llama().save_pretrained(tmp_path / "model")
     capfd.readouterr()
     for lock, words in commands.items():
-        holder = subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE)
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             pid = int(holder.stdout.readline())
             assert main(words) == 2
             (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("longrope: error")]
             folder = str(tmp_path / "hf") if words[0] == "export" else str(lock.parent)
             assert line.startswith(f"longrope: error: {folder} belongs to process {pid} on {os.uname().nodename}, at ")
+            assert line.endswith("export to another." if words[0] == "export" else "give another folder with --out.")
             assert not list(tmp_path.rglob("*.ckpt"))
             os.kill(pid, signal.SIGKILL)
             holder.wait()
             with hold(lock, "it"):  # what the dead have left is no lock
                 assert json.loads(lock.with_name(f"{lock.name}.json").read_text())["pid"] == os.getpid()
-            assert not list(lock.parent.glob(f"{lock.name}*"))
+            assert not lock.with_name(f"{lock.name}.json").exists()
         finally:
             holder.kill()
-            holder.stdout.close()
-            holder.wait()
+            holder.communicate()
+
+
+def test_a_folder_that_was_not_named_is_not_kept_from_others(material, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    taken = []
+    monkeypatch.setattr("lightning_longrope.cli.only_run", lambda folder: nullcontext(taken.append(str(folder))))
+    monkeypatch.setattr("lightning_longrope.cli.LongRoPECLI._run_subcommand", lambda *arguments: None)
+    stage = str(material / "eval.yaml")
+    model = ["--model.config", json.dumps(MODEL), "--trainer.logger", "false"]
+    for words in (["eval"], ["validate", "--out", "a"], ["test", "--out", "a"], ["eval", "--out", "b"]):
+        assert main([words[0], "-c", stage, *model, *words[1:]]) == 0
+    assert taken == ["b"]
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_only_the_first_process_of_all_nodes_holds_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    for given, first in (
+        ({}, True),
+        ({"NODE_RANK": "1"}, False),  # started by hand: Lightning has not numbered them yet
+        ({"GROUP_RANK": "1"}, False),
+        ({"NODE_RANK": "0"}, True),
+        (
+            {
+                "SLURM_PROCID": "1",
+                "SLURM_NTASKS": "2",
+                "SLURM_NTASKS_PER_NODE": "1",
+                "SLURM_NODEID": "1",
+                "SLURM_JOB_NAME": "a",
+            },
+            False,
+        ),
+        (
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "2",
+                "SLURM_NTASKS_PER_NODE": "1",
+                "SLURM_NODEID": "0",
+                "SLURM_JOB_NAME": "a",
+            },
+            True,
+        ),
+    ):
+        with monkeypatch.context() as inner:
+            for name, value in given.items():
+                inner.setenv(name, value)
+            assert peers.is_first() is first, given

@@ -206,4 +206,3 @@ def test_the_state_of_an_earlier_version_is_taken_up_and_a_damaged_one_dropped_a
     assert store.offsets.tolist() == whole.offsets.tolist()
     assert any("Going on after" in record.message for record in caplog.records) is kept
     assert any(f"begins anew: {progress} is damaged" in record.message for record in caplog.records) is not kept
-
