@@ -24,7 +24,10 @@ Status = Literal["ok", "partial", "nan", "inf", "oom", "dropped"]
 LOGITS_AT_A_TIME = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Most logits that exist at a time, whatever the vocabulary: 16 MiB in float32 on a CPU, 128 MiB on a GPU."""
 
-PASS_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 14}
+POSITIONS_AT_A_TIME = {"cpu": 1 << 10, "cuda": 1 << 12}
+"""Most positions whose logits exist at a time, however small the vocabulary."""
+
+PASS_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 14}
 """Tokens of a forward pass where nothing is said: more would leave the caches of a CPU, and take memory."""
 
 
@@ -126,10 +129,11 @@ def _flat_nll(model: Any, states: Tensor, labels: Tensor) -> Tensor:
 
 
 def _positions_at_a_time(model: Any) -> int:
-    """Positions that go through the output head together, 4,096 at most."""
+    """Positions that go through the output head together."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)
     device = next(model.parameters()).device.type
-    return max(1, min(4096, LOGITS_AT_A_TIME.get(device, LOGITS_AT_A_TIME["cuda"]) // vocabulary))
+    kind = device if device in LOGITS_AT_A_TIME else "cuda"
+    return max(1, min(POSITIONS_AT_A_TIME[kind], LOGITS_AT_A_TIME[kind] // vocabulary))
 
 
 def _hidden(model: Any, input_ids: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def search_factors(
         folder: Where ``history.jsonl``, ``held_out.jsonl``, ``state.json``, ``factors.json`` and
             ``rescale_factors.csv`` go. A search that was cut continues there exactly.
         caches: ``history.jsonl`` of other searches of this model, whose scores on the same documents are used.
-        batch_tokens: Tokens per forward pass; rows of different candidates share one. 16,384, on a CPU 4,096.
+        batch_tokens: Tokens per forward pass; rows of different candidates share one. 16,384, on a CPU 2,048.
         workers: The processes that share the work; one by default.
         progress: Called whenever candidates are finished.
 

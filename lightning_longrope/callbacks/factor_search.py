@@ -55,7 +55,7 @@ class FactorSearch(Callback):
         schedule: Pairs of a share of the evaluations and the number of documents that candidates are judged on so far,
             such as ``((0.5, 4),)``; all documents from the start by default.
         caches: Journals of other searches of this model, whose scores on the same documents are used.
-        batch_tokens: Tokens per forward pass; 16,384 by default, on a CPU 4,096.
+        batch_tokens: Tokens per forward pass; 16,384 by default, on a CPU 2,048.
         seed: Of candidates, documents and pass keys.
 
     Raises:

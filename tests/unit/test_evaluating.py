@@ -67,11 +67,11 @@ def test_a_pass_that_does_not_fit_is_halved_until_it_does(fit, tried, error, mon
         assert max(sizes) <= fit
 
 
-def test_passes_on_a_cpu_hold_4096_tokens_where_nothing_is_said(monkeypatch):
+def test_passes_on_a_cpu_hold_2048_tokens_where_nothing_is_said(monkeypatch):
     sizes = full_beyond(99, monkeypatch)
     rows = [SearchDocument(text) for text in texts(20)]
     Evaluator(tiny_llama(), rows, OBJECTIVES["perplexity"]).scores(TABLES, [""] * 4)
-    assert sizes == [64, 16]
+    assert sizes == [32, 32, 16]
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
