@@ -159,7 +159,7 @@ def _add_chunk(
         values = logits(hidden)
     nll, slope = _nll_and_slope(values.detach(), labels, weights)
     wanted = [tensor for tensor in (*logits.head.trained, hidden) if tensor.requires_grad]
-    found = torch.autograd.grad(values, wanted, slope)
+    found = torch.autograd.grad(values, wanted, slope * weights[:, None].to(slope.dtype))
     for one, other in zip(sums, found, strict=False):  # of which the hidden states' comes last
         one += other
     return nll, found[-1] if hidden.requires_grad else None
@@ -168,31 +168,46 @@ def _add_chunk(
 def _add_linear_chunk(
     logits: HeadLogits, hidden: Tensor, labels: Tensor, weights: Tensor, sums: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``_add_chunk`` does, without a gradient of the whole weight for every chunk beside the sum."""
-    assert logits.linear is not None
-    values = F.linear(hidden, logits.linear.weight, logits.linear.bias).requires_grad_()
+    """What ``_add_chunk`` does, without a gradient of the whole weight for every chunk beside the sum.
+
+    Weights of tokens go to the narrow side of every product, which is [n, H] and not [n, V].
+    """
+    layer, shares = logits.linear, weights[:, None]
+    assert layer is not None
+    values = F.linear(hidden, layer.weight, layer.bias).requires_grad_()
     with torch.enable_grad():
         finished = logits.finished(values)
     nll, slope = _nll_and_slope(finished.detach(), labels, weights)
     if finished is not values:
         (slope,) = torch.autograd.grad(finished, values, slope)
-    states = hidden.detach().to(slope.dtype)
     for parameter, one in zip(logits.head.trained, sums, strict=True):
-        if parameter is logits.linear.bias:
-            one += slope.sum(0, dtype=torch.float32)
-            continue
-        for rows, of_rows in zip(one.split(ROWS_AT_A_TIME), slope.split(ROWS_AT_A_TIME, dim=1), strict=True):
-            rows += of_rows.T @ states
-    return nll, slope @ logits.linear.weight if hidden.requires_grad else None
+        if parameter is layer.bias:
+            one += (slope * shares).sum(0, dtype=torch.float32)
+        else:
+            _add_product(one, slope, (hidden.detach() * shares).to(slope.dtype))
+    return nll, (slope @ layer.weight) * shares if hidden.requires_grad else None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds ``left.T @ right`` to a float32 tensor [V, H] in place, of [n, V] and [n, H] in one type."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+        return
+    for rows, of_rows in zip(total.split(ROWS_AT_A_TIME), left.split(ROWS_AT_A_TIME, dim=1), strict=True):
+        rows += of_rows.T @ right
 
 
 def _nll_and_slope(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted nll sum of logits [n, V] and its gradient, in their type."""
-    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    nll = (F.nll_loss(log_p, labels, ignore_index=-100, reduction="none") * weights).sum()
-    slope = log_p.exp_()  # whose storage is used again: softmax - one hot is the gradient of the logits
-    slope.scatter_add_(1, labels.clamp(min=0)[:, None], slope.new_full((len(labels), 1), -1.0))
-    return nll, slope.mul_(weights[:, None]).to(logits.dtype)
+    """The weighted nll sum of logits [n, V], and the gradient of the sum without weights, in their type.
+
+    The sum of the exponentials is read off the likeliest token, whose probability never underflows: one pass over the
+    logits less than a softmax and a log-softmax.
+    """
+    slope = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    places = labels.masked_fill(labels == -100, 0)[:, None]
+    behind = (logits.amax(-1) - logits.gather(1, places)[:, 0].float()) - slope.amax(-1).log()
+    slope.scatter_add_(1, places, slope.new_full(places.shape, -1.0))  # softmax - one hot
+    return (behind * weights).sum(), slope.to(logits.dtype)
 
 
 class _Sums(torch.autograd.Function):

@@ -190,6 +190,18 @@ def test_in_float16_no_sum_over_tokens_ends_at_infinity(mixed):
     torch.testing.assert_close(layer.weight.grad.float(), expected, rtol=2e-3, atol=0)
 
 
+def test_a_confident_wrong_token_gives_a_finite_fused_loss_and_an_unknown_label_none():
+    states, layer = torch.tensor([[200.0, 0.0]], requires_grad=True), nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.eye(2)
+    nll = fused_nll(states, bare(layer), torch.tensor([1]))[0]
+    nll.backward()
+    assert nll.item() == pytest.approx(200)
+    assert states.grad.tolist() == [[1, -1]]
+    for label in (-1, 2):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            fused_nll(states, bare(layer), torch.tensor([label]))
+
+
 def test_what_counts_for_nothing_leaves_no_trace(case):
     hidden, weight, labels, _ = case
     layer = nn.Linear(HIDDEN, VOCABULARY, bias=False)
