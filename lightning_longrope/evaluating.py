@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.levers import TILE
+from lightning_longrope.levers import LONG_PASS, TILE
 from lightning_longrope.objectives import OBJECTIVES, Objective, ObjectiveName, SearchDocument
 from lightning_longrope.out_of_memory import GoOnWithShapes, free_memory, gathers_weights, is_out_of_memory
 from lightning_longrope.score_book import EARLIER, OOM, OWN, UNKNOWN, ScoreBook, plain_number
@@ -332,9 +332,10 @@ class _Batch:
         scores = [self.final[candidate] for candidate in range(len(self.tables))]
         if all(score.status == "oom" for score in scores):
             length = len(self.evaluator.documents[0].tokens)
+            tiles = f" tiled MLP (`model.init_args.memory.mlp_tile: {TILE}`)," if length <= LONG_PASS else ""
             raise ValueError(
                 f"Out of memory in every candidate, with one row of {length} tokens in a forward pass. Next: half"
-                f" precision (`trainer.precision: bf16-true`), tiled MLP (`model.init_args.memory.mlp_tile: {TILE}`),"
+                f" precision (`trainer.precision: bf16-true`),{tiles}"
                 " sequence parallel (`trainer.strategy.init_args.sequence_parallel_size`), weights sharded over more"
                 " devices (FSDP2, DeepSpeed stage 3), or a shorter target_length."
             )

@@ -2,11 +2,12 @@
 
     gradient checkpointing   of each layer only its input; the rest is computed again in the backward pass
     offload_activations      these inputs on the CPU
-    mlp_tile                 the MLP of a layer on some tokens at a time, computed again in the backward pass
+    mlp_tile                 norms and MLPs on some tokens at a time, computed again in the backward pass
 
 ``estimate`` says what each of them is worth. Shapes: B rows, S tokens, H hidden size, L layers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +26,8 @@ class Memory:
         offload_activations: Keep the inputs of checkpointed layers on the CPU, L x H x 2 bytes a token in a half type.
             They are copied to and fro through pinned memory, which takes little time beside long rows. Needs
             ``gradient_checkpointing``, and layers that are not compiled.
-        mlp_tile: Tokens that go through the MLP of a layer at a time, 8192 for instance; all if None.
+        mlp_tile: Tokens that go through an MLP or a norm at a time, 8192 for instance; all if None. In bfloat16 this
+            halves what a checkpointed layer needs at once.
 
     Raises:
         ValueError: If ``mlp_tile`` is not positive.
@@ -79,8 +81,8 @@ def save_memory(model: Any, layers: nn.ModuleList, gradient_checkpointing: bool,
             if hasattr(module, "_gradient_checkpointing_func"):
                 module._gradient_checkpointing_func = offloaded_checkpoint
     if memory.mlp_tile is not None:
-        for layer in layers:
-            _tile(layer, memory.mlp_tile)
+        for module in _of_single_tokens(model, layers):
+            module.forward = partial(_tiled_forward, module.forward, tile=memory.mlp_tile)
 
 
 def offloaded_checkpoint(function: Any, *args: Any) -> Any:
@@ -99,17 +101,20 @@ def norms_of(parent: nn.Module) -> list[nn.Module]:
     return [child for child in parent.children() if "norm" in type(child).__name__.lower()]
 
 
-def _tile(layer: Any, tile: int) -> None:
-    mlp = mlp_of(layer)
-    if mlp is None:
-        raise ValueError(
-            f"`memory.mlp_tile`: {type(layer).__name__} has no `mlp`, so it cannot be tiled. Leave it out."
-        )
-    mlp.forward = partial(_tiled_forward, mlp.forward, tile=tile)
+def _of_single_tokens(model: Any, layers: nn.ModuleList) -> Iterator[nn.Module]:
+    """The norms and MLPs."""
+    for layer in layers:
+        if (mlp := mlp_of(layer)) is None:
+            raise ValueError(
+                f"`memory.mlp_tile`: {type(layer).__name__} has no `mlp`, so it cannot be tiled. Leave it out."
+            )
+        yield mlp
+    for parent in (model.base_model, *layers):
+        yield from norms_of(parent)
 
 
 def _tiled_forward(forward: Any, hidden: Tensor, *, tile: int) -> Tensor:
-    """The MLP of every token, [B, S, H], its rows laid end to end and cut into tiles."""
+    """What a module makes of every token, [B, S, H], its rows laid end to end and cut into tiles."""
     if hidden.shape[:-1].numel() <= tile:
         return forward(hidden)
     tokens = hidden.reshape(1, -1, hidden.shape[-1])

@@ -203,7 +203,10 @@ KINDS = {"half": (torch.bfloat16, False), "mixed": (torch.float32, True), "full"
 
 
 def live_per_token(shape, kind, layers=2, checkpointing=False, tile=None, training=True):
-    """Bytes per token that a step of a real Llama takes at its peak; its tensors have sizes but no content."""
+    """Bytes per token that a step of a real Llama takes at its peak; its tensors have sizes but no content.
+
+    Tiles are of 65,536 tokens, so that shorter rows have as many.
+    """
     hidden, mlp, heads, key_heads, head_size = shape
     dtype, autocast = KINDS[kind]
     config = AutoConfig.for_model(
@@ -211,7 +214,8 @@ def live_per_token(shape, kind, layers=2, checkpointing=False, tile=None, traini
         num_key_value_heads=key_heads, num_hidden_layers=layers, vocab_size=512,
     )  # fmt: skip
     few, many = (
-        live_bytes(config, dtype, autocast, tokens, checkpointing, tile, training)[0] for tokens in (32768, 65536)
+        live_bytes(config, dtype, autocast, tokens, checkpointing, tile and tile * tokens // 65536, training)[0]
+        for tokens in (32768, 65536)
     )
     return (many - few) / 32768
 
@@ -237,7 +241,7 @@ def live_bytes(config, dtype, autocast, tokens, checkpointing=False, tile=None, 
 def test_the_work_of_a_layer_is_what_a_real_step_takes(shape, kind):
     hidden, mlp, heads, key_heads, head_size = shape
     size = ModelSize(0, 0, 0, 2, hidden, mlp, heads * head_size, key_heads * head_size, 512, heads)
-    for tile in (None, 4096):
+    for tile in (None, 4096, 16384):
         run = Run(65536, levers=Levers(gradient_checkpointing=True, mlp_tile=tile), precision=kind)
         expected = kept_bytes(size, run) + layer_bytes(size, run)
         assert live_per_token(shape, kind, 2, True, tile) == pytest.approx(expected, rel=0.09), tile
