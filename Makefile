@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPU_TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 
-.PHONY: install quickstart test torture soak docs clean
+.PHONY: install quickstart test torture fuzz soak docs clean
 
 install: $(VENV)/installed
 
@@ -36,6 +36,11 @@ torture: install
 MINUTES ?= 30
 soak: install
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
+
+# Damaged files by the ten thousand before every reader; counts are appended to benchmarks/results/fuzz.jsonl.
+INPUTS ?= 10000
+fuzz: install
+	$(BIN)/python tests/fuzzing/run.py -n $(INPUTS) --seed $(SEED) --out benchmarks/results/fuzz.jsonl
 
 docs: install
 	$(BIN)/sphinx-build -E -W --keep-going -q docs docs/_build/html

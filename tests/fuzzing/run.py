@@ -1,11 +1,13 @@
-"""Feeds every reader of the package damaged files by the ten thousand: ``make fuzz N=10000``.
+"""Feeds every reader of the package damaged files by the ten thousand: ``make fuzz INPUTS=10000``.
 
 Where atheris is installed it looks for files that reach new code, on top of the accidents in ``damage.py``; else those
 alone are tried. An input that ends in a traceback, in an error without the name of the file, in no answer for 20
 seconds of the processor, in more than 4 GiB, or in another value than an independent parser reads, is kept and fails
 the run. A reader runs in a process of its own, so that one that ends it is found too.
 
-    python tests/fuzzing/run.py -n 10000 --seed 0 --out benchmarks/results/fuzz.json
+Runs add up: each reader's counts are appended to ``benchmarks/results/fuzz.jsonl`` with the commit.
+
+    python tests/fuzzing/run.py -n 10000 --seed 0 --out benchmarks/results/fuzz.jsonl
     python tests/fuzzing/run.py -n 500 --only csv
 """
 
@@ -18,6 +20,7 @@ import platform
 import random
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +43,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of readers")
     parser.add_argument("--plain", action="store_true", help="without atheris, although it is installed")
     parser.add_argument("--finds", type=Path, default=Path("fuzz-finds"), help="folder for inputs that failed")
-    parser.add_argument("--out", type=Path, help="file of results; readers that were not run keep theirs")
+    parser.add_argument("--out", type=Path, help="file that a line for each reader is appended to")
     given = parser.parse_args()
     guided = not given.plain and _has_atheris()
     readers = [reader for reader in _readers(guided) if any(part in reader.name for part in given.only or [""])]
@@ -48,7 +51,7 @@ def main() -> int:
     for reader in readers:
         rows[reader.name] = _run_apart(reader, given, guided)
         if given.out is not None:
-            _write(given.out, {reader.name: {**rows[reader.name], "seed": given.seed, "guided": guided}})
+            _append(given.out, {"reader": reader.name, **rows[reader.name], "seed": given.seed, "guided": guided})
     finds = sum(row["finds"] for row in rows.values())
     inputs = sum(row["inputs"] for row in rows.values())
     sys.stdout.write(
@@ -193,13 +196,17 @@ class _Work:
         sys.stdout.flush()
 
 
-def _write(out: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Puts rows into a file of results, where those of other readers stay."""
-    from lightning_longrope.files import write_json
-
-    earlier = json.loads(out.read_text())["readers"] if out.exists() else {}
+def _append(out: Path, row: dict[str, Any]) -> None:
+    """Adds a line to a file of results."""
     versions = {name: version(name) for name in ("torch", "transformers", "pyarrow", "PyYAML", "safetensors")}
-    write_json(out, {"versions": {"python": platform.python_version(), **versions}, "readers": {**earlier, **rows}})
+    about = {"commit": _commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**about, **row, "versions": {"python": platform.python_version(), **versions}}) + "\n")
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
+    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
