@@ -227,7 +227,7 @@ def is_deepspeed(path: Path) -> bool:
 def _tag_folder(path: Path) -> Path:
     """The folder that ``latest`` names, which is one inside."""
     name = read_text(path / "latest", 4096).strip()
-    if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+    if name in ("", ".", "..") or "\0" in name or Path(name).name != name or len(name.encode()) > 255:
         raise ValueError(f"{path / 'latest'} must name a folder beside it, got {name!r}.")
     return path / name
 

@@ -227,6 +227,13 @@ class LongRoPEParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ValueError(" ".join(message.split())) from ex
 
+    @override
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except OverflowError as error:
+            raise ValueError(f"A number of the configuration is too large: {error}.") from error
+
 
 class SaveConfig(SaveConfigCallback):
     """Keeps the configuration of a run, without credentials, in ``config.yaml`` of its root folder and in wandb."""

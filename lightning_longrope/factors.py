@@ -359,9 +359,15 @@ def _from_csv(text: str, original_length: int | None, target_length: int | None)
     return RescaleFactors(tuple(rows[0]), original_length, target_length, attention_factor=attention)
 
 
+_SHAPES = ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+_NUMBERS = {*_SHAPES, "factor", "rope_theta", "attention_factor", "long_factor", "short_factor", "mscale"}
+_NUMBERS |= {"mscale_all_dim", "original_max_position_embeddings"}
+
+
 def _from_config(config: dict[str, Any], original_length: int | None, target_length: int | None) -> RescaleFactors:
     """Factors of the rope type of a Hugging Face config."""
     parameters, geometry = rope_parameters(config), rope_geometry(config)
+    _check_numbers(parameters)
     kind = parameters["rope_type"]
     longest = config_fields(config).get("max_position_embeddings") or 0
     # `linear` and `dynamic` configs keep either window in max_position_embeddings
@@ -383,16 +389,20 @@ def _from_config(config: dict[str, Any], original_length: int | None, target_len
     return _of_rope_type(kind, parameters, shape, factor, geometry.pairs)
 
 
+def _check_numbers(parameters: Mapping[str, Any]) -> None:
+    """Raises ValueError where a config has something else than a number, such as ``true``, which would count as 1."""
+    for name in _NUMBERS & parameters.keys():
+        given = parameters[name]
+        if not all(map(is_number, given if isinstance(given, list | tuple) else () if given is None else [given])):
+            raise ValueError(f"`{name}` must be a number, or a list of them for long and short factors, got {given!r}.")
+
+
 def _of_rope_type(
     kind: str, parameters: dict[str, Any], shape: dict[str, Any], factor: float, pairs: int
 ) -> RescaleFactors:
     """Factors of one Hugging Face rope type with its own keywords."""
     lengths = {name: shape[name] for name in ("original_length", "target_length")}
-    own = {
-        name: parameters[name]
-        for name in ("beta_fast", "beta_slow", "truncate", "low_freq_factor", "high_freq_factor")
-        if parameters.get(name) is not None
-    }
+    own = {name: parameters[name] for name in (*_SHAPES, "truncate") if parameters.get(name) is not None}
     match kind:
         case "default":
             return RescaleFactors.none(**shape)

@@ -118,7 +118,9 @@ class LengthTables:
             ValueError: If a file cannot be read as factors, or the tables do not belong together.
         """
         files = [path for path in paths if path != PRETRAINED]
-        tables = cls(tuple(table for path in files for table in _tables_in(Path(path), monotone)))
+        found = tuple(table for path in files for table in _tables_in(Path(path), monotone))
+        with blaming(f"Cannot use the rescale factors of {', '.join(map(str, files))}"):
+            tables = cls(found)
         return tables.with_pretrained() if len(files) < len(paths) else tables
 
 
