@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from lightning_longrope.factors import RescaleFactors
+from lightning_longrope.reading import is_number
 from lightning_longrope.reporting import drawing
 from lightning_longrope.reporting.drawing import INK, PAPER, Plot
 from lightning_longrope.reporting.names import ACCURACIES, length_text, look, method_name, method_order, metric_name
@@ -66,7 +67,7 @@ def baseline_scores(search: Search) -> dict[str, float]:
             for line in search.evaluations
             if _is_baseline(line)
         }
-    return {str(name): float(score) for name, score in known.items() if isinstance(score, int | float)}
+    return {str(name): float(score) for name, score in known.items() if is_number(score)}
 
 
 def candidate_scores(search: Search, *, dropped: bool = False) -> list[tuple[int, float]]:

@@ -144,7 +144,7 @@ def _stage(name: str, folder: Path | None, entry: dict[str, Any], notes: list[st
     seconds = entry.get("seconds")
     done: dict[str, Any] = {
         "command": _optional_text(entry.get("command")),
-        "seconds": float(seconds) if is_number(seconds) else None,
+        "seconds": float(seconds) if seconds is not None and is_number(seconds) else None,
         "status": _optional_text(entry.get("status")),
     }
     if folder is None:
