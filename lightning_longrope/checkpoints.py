@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -245,12 +246,15 @@ def _load(path: Path) -> Any:
             raise
 
 
+_TORN = (RuntimeError, pickle.PickleError, EOFError, OSError, struct.error, zlib.error, zipfile.BadZipFile)
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Makes one line of the many errors with which torch meets a damaged file."""
     try:
         yield
-    except (RuntimeError, pickle.PickleError, EOFError, OSError, struct.error, zipfile.BadZipFile, *MALFORMED) as error:
+    except (*_TORN, *MALFORMED) as error:
         if is_out_of_memory(error) or is_broken_collective(error):
             raise
         raise _damaged(path, error) from error
@@ -264,7 +268,7 @@ def _damaged(path: Path, error: BaseException) -> ValueError:
 
 
 def _archives(path: Path) -> list[Path]:
-    """The files that torch maps into memory, where it compares no checksum; of others it does."""
+    """The files that hold weights, or settings; torch compares no checksum of them."""
     if is_deepspeed(path):
         return sorted(_tag_folder(path).glob("*_states.pt"))
     return [path / "meta.pt" if _is_distributed(path) else path]
@@ -317,20 +321,51 @@ def _read_distributed(path: Path, values: bool) -> dict[str, Tensor]:
 
     metadata = _read_index(path)
     with _reading(path / ".metadata"):
-        found = {
-            names[1]: metadata.state_dict_metadata[key]
-            for key, names in metadata.planner_data.items()
-            if names[0] == "state_dict"
-        }
+        keys = {key: names[1] for key, names in metadata.planner_data.items() if names[0] == "state_dict"}
+        found = {name: metadata.state_dict_metadata[key] for key, name in keys.items()}
     if pickled := sorted(name for name, kind in found.items() if not isinstance(kind, TensorStorageMetadata)):
         raise ValueError(f"{path} holds weights that are not safe to read, being no tensors: {', '.join(pickled)}.")
     with _reading(path):
         if not values:
             return {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in found.items()}
+        _check_parts(path, metadata, {key: found[name] for key, name in keys.items()})
         loaded: dict[str, Any] = {}
         planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
         _load_state_dict(loaded, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
         return dict(loaded["state_dict"])
+
+
+def _check_parts(path: Path, metadata: Any, weights: dict[str, Any]) -> None:
+    """Compares every part of the weights with its CRC-32; torch does not, nor does it see whether parts are missing.
+
+    Args:
+        path: The checkpoint.
+        metadata: Its index.
+        weights: The tensors that will be read, by the names that they have in the index.
+
+    Raises:
+        ValueError: If a checksum differs, or the parts of a tensor are more or less than the whole.
+    """
+    for name, tensor in weights.items():
+        if not _is_covered(tensor):
+            raise ValueError(f"the parts of {name} are not the whole of {tuple(tensor.size)}")
+    for index, part in metadata.storage_data.items():
+        if index.fqn in weights:
+            with (path / part.relative_path).open("rb") as file:
+                file.seek(part.offset)
+                content = io.BytesIO(file.read(part.length))
+            with zipfile.ZipFile(content) as archive:
+                if archive.testzip() is not None:
+                    raise ValueError(f"the checksum of {index.fqn} in {part.relative_path} is another")
+
+
+def _is_covered(tensor: TensorStorageMetadata) -> bool:
+    inside = all(
+        0 <= start <= start + length <= most
+        for chunk in tensor.chunks
+        for start, length, most in zip(chunk.offsets, chunk.sizes, tensor.size, strict=True)
+    )
+    return inside and sum(chunk.sizes.numel() for chunk in tensor.chunks) == tensor.size.numel()
 
 
 def _read_index(path: Path) -> Any:
@@ -346,8 +381,10 @@ def _read_index(path: Path) -> Any:
         except MemoryError as error:  # of a length that a text in it claims to have
             raise _damaged(file, error) from error
         names = {part.relative_path for part in metadata.storage_data.values()}
-    if outside := sorted(name for name in names if Path(name).name != name):
-        raise ValueError(f"{file} must name files beside it, got {outside[0]!r}.")
+    if outside := sorted(
+        map(repr, names - {name for name in names if isinstance(name, str) and Path(name).name == name})
+    ):
+        raise ValueError(f"{file} must name files beside it, got {outside[0]}.")
     return metadata
 
 

@@ -1,6 +1,7 @@
 """Folders of shards: nothing in them is run, nothing more is read than is asked for, and a kill loses none."""
 
 import os
+import pickle
 
 import pytest
 import torch
@@ -68,6 +69,31 @@ def test_weights_that_are_no_tensors_are_not_unpickled(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"not safe to read, being no tensors: model.b"):
         read_checkpoint(folder)
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:Detected pickle protocol")
+def test_no_bit_of_a_weight_that_a_disk_has_changed_is_read(tmp_path):
+    """Of every byte one bit: torch itself reads the weights of such shards, and compares no checksum."""
+    weight = torch.arange(12.0).reshape(3, 4)
+    shard = next(distributed(tmp_path / "saved", a=weight).glob("*.distcp"))
+    whole, refused = shard.read_bytes(), 0
+    for place in range(len(whole)):
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        try:
+            assert torch.equal(read_checkpoint(tmp_path / "saved")[1]["a"], weight)
+        except ValueError:
+            refused += 1
+    assert weight.nbytes < refused < len(whole)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_weight_larger_than_its_parts_is_not_filled_with_what_was_in_memory(tmp_path):
+    folder = distributed(tmp_path / "saved", a=torch.ones(3, 4))
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.state_dict_metadata["state_dict.model.a"].size = torch.Size((11, 4))
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match=r"the parts of state_dict.model.a are not the whole of \(11, 4\)"):
+        read_checkpoint(folder)
 
 
 def test_a_deepspeed_folder_is_checked_before_it_is_converted(tmp_path, monkeypatch):
