@@ -320,7 +320,9 @@ class LongRoPECLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if not self.check:
             super().instantiate_classes()
-            self.trainer.callbacks.append(SaveOnStop())  # type: ignore[attr-defined]
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(callback, SaveOnStop) for callback in callbacks):
+                callbacks.append(SaveOnStop())
             if self.trainer.strategy._checkpoint_io is None:
                 self.trainer.strategy.checkpoint_io = WholeFileIO()
             hide_words(self.trainer)

@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_longrope import tracking
+from lightning_longrope.callbacks.save_on_stop import stop_if_asked
 from lightning_longrope.callbacks.workers import TrainerWorkers
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean
@@ -140,6 +141,7 @@ class MeasuringCallback(Callback, ABC):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         own_time = trainer.state.fn == TrainerFn.FITTING and (self.every_n_steps or self.every_n_epochs)
         if not trainer.sanity_checking and not own_time:
+            stop_if_asked(trainer)
             self._measure_and_log(trainer, pl_module)
 
     @override

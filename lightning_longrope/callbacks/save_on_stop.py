@@ -5,11 +5,13 @@ import threading
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_longrope.stopping import StoppedError, restore
@@ -22,22 +24,44 @@ class SaveOnStop(Callback):
     with the next step, and none is run twice. On several processes one signal stops all after the same step. Before the
     first step and after the last, in a search or an evaluation for instance, the handler that was there before counts:
     that of the commands of ``longrope``, which have this callback always, ends at once.
+
+    A validation is not waited for: it ends after the batch under way, or before the next callback that measures. One
+    that had begun, or was due with the step that is saved, is run whole before anything else when the fit goes on; so
+    is one that was due with the step of any other checkpoint, where Lightning would leave it out.
     """
 
     def __init__(self) -> None:
-        self._asked = self._training = False
+        self._asked = self._training = self._owing = False
         self._outer: Any = None
+        self._trainer: Trainer | None = None
+        self._validated = -1  # the batch after which the last validation ended
+        self._together = 0.0  # batches of this validation that every rank has
+        self._seen = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._asked = False
+        self._asked, self._trainer = False, trainer
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # after those that save at the same step
         # Lightning's own lets ranks meet in a collective from within a handler, wherever they are: that may hang.
         trainer._signal_connector._sigterm_notifier_fn = partial(_pass_on, trainer)  # type: ignore[method-assign]
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validation_is_owed": self._trainer is not None and self._owes(self._trainer)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._owing = bool(state_dict["validation_is_owed"])
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pay(trainer)
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._training:
-            self._training, self._trainer = True, trainer
+            self._training = True
             self._outer = signal.getsignal(signal.SIGTERM)
             _handle(self._take_note)
 
@@ -45,10 +69,30 @@ class SaveOnStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return
-        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
-            raise StoppedError(_save(trainer), together=True, first=trainer.is_global_zero)
+        if not trainer.fit_loop.epoch_loop._should_accumulate() and self._all_asked(trainer):
+            trainer._logger_connector.update_train_step_metrics()  # what Lightning would do after this hook
+            self._stop(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._training:
+            batches = torch.tensor(float(sum(trainer.num_val_batches)), device=trainer.strategy.root_device)
+            least = -trainer.strategy.reduce(-batches, reduce_op="max")
+            self._seen, self._together = 0, least.item() if least.isfinite() else 0.0
+            self.decide(trainer)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._seen += 1
+        if self._seen <= self._together:
+            self.decide(trainer)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._validated = trainer.fit_loop.epoch_loop.total_batch_idx
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,17 +101,58 @@ class SaveOnStop(Callback):
             self._outer(signal.SIGTERM, None)
 
     @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pay(trainer)  # no step was left to run
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._end()
 
+    def decide(self, trainer: Trainer) -> None:
+        """Ends the validation of a fit that was told to stop, on all processes; all must call this."""
+        if self._training and trainer.validating and self._all_asked(trainer):
+            self._stop(trainer)
+
+    def _all_asked(self, trainer: Trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+
+    def _stop(self, trainer: Trainer) -> NoReturn:
+        raise StoppedError(_save(trainer), together=True, first=trainer.is_global_zero)
+
+    def _owes(self, trainer: Trainer) -> bool:
+        """Whether a validation is due after the last batch, and has not ended."""
+        loop = trainer.fit_loop.epoch_loop
+        fetcher, progress = trainer.fit_loop._data_fetcher, loop.batch_progress.total
+        if trainer.state.fn != TrainerFn.FITTING or fetcher is None or not 0 < progress.ready == progress.processed:
+            return False
+        return self._validated != loop.total_batch_idx and loop._should_check_val_fx(fetcher)
+
+    def _pay(self, trainer: Trainer) -> None:
+        """Runs the validation that the checkpoint came too early for, as Lightning would have."""
+        if not self._owing:
+            return
+        self._owing, connector, loop = False, trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
+        first, loop.restarting, trainer.validating = connector._first_loop_iter, False, True
+        with torch.no_grad():
+            loop.run()
+        trainer.training, connector._first_loop_iter = True, first
+
     def _take_note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        _pass_on(self._trainer, number)
+        if self._trainer is not None:
+            _pass_on(self._trainer, number)
 
     def _end(self) -> None:
         if self._training:
             self._training = False
             _handle(self._outer)
+
+
+def stop_if_asked(trainer: Trainer) -> None:
+    """``SaveOnStop.decide`` where the trainer has it; between parts of a validation."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveOnStop):
+            callback.decide(trainer)
 
 
 def _save(trainer: Trainer) -> str:

@@ -10,6 +10,8 @@ from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.reading import read_yaml
 from lightning_longrope.recipes import Stage, read_stage
 
+ROOT = "--trainer.default_root_dir"
+
 
 def trainer(command: str, arguments: list[str]) -> None:
     """``fit``, ``validate``, ``test``, ``search`` and ``compare``: LightningCLI, which also takes a stage file."""
@@ -19,7 +21,15 @@ def trainer(command: str, arguments: list[str]) -> None:
             f"{stage.name}.yaml is a configuration of `longrope {stage.command}`, not of `longrope {command}`."
         )
     folder = out if stage is None else stage.folder
-    LongRoPECLI([command, *words, *(["--trainer.default_root_dir", str(folder)] if folder else [])])
+    if out is None and _names_root(words, stage):
+        folder = None
+    LongRoPECLI([command, *words, *([ROOT, str(folder)] if folder else [])])
+
+
+def _names_root(words: list[str], stage: Stage | None) -> bool:
+    """Whether a word or a stage file says where the run writes, which counts unless ``--out`` does."""
+    stated = stage is not None and (stage.config.get("trainer") or {}).get("default_root_dir") is not None
+    return stated or any(word.split("=")[0] == ROOT for word in words)
 
 
 def staged_words(arguments: list[str]) -> tuple[list[str], Stage | None, Path | None]:

@@ -1,0 +1,23 @@
+"""A callback that sends SIGTERM to its own process at a step or a validation batch, so that no test has to time it."""
+
+import os
+import signal
+
+from lightning.pytorch import Callback
+
+
+class SignalAt(Callback):
+    """Sends SIGTERM after ``step`` optimizer steps, on some ranks: in the next step, or in a validation batch."""
+
+    def __init__(self, step: int, ranks: list[int] | None = None, batch: int | None = None) -> None:
+        self.step, self.ranks, self.batch = step, ranks or [0], batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._send(trainer, None)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._send(trainer, batch_idx)
+
+    def _send(self, trainer, batch):
+        if trainer.global_step == self.step and batch == self.batch and trainer.global_rank in self.ranks:
+            os.kill(os.getpid(), signal.SIGTERM)
