@@ -5,6 +5,7 @@ is finished is on the disk anyway, and the same command goes on from there. Impo
 in place before torch and Lightning are.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -36,13 +37,19 @@ class StoppedError(SystemExit):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raises ``StoppedError`` wherever the main thread is when SIGTERM comes; in another thread it does nothing."""
+    """Raises ``StoppedError`` wherever the main thread is when SIGTERM comes; in another thread it does nothing.
+
+    After that the process is meant to end: where the signal had its default, one more ends it at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield
+    except StoppedError:
+        before = _leave if before is signal.SIG_DFL else before
+        raise
     finally:
         restore(before)
 
@@ -50,6 +57,11 @@ def stoppable() -> Iterator[None]:
 def restore(handler: Any) -> None:
     """Puts back what ``signal.signal`` or ``signal.getsignal`` has returned."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """One more signal ends a process that is about to end, with the same status."""
+    os._exit(STATUS)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

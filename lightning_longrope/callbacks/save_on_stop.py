@@ -131,11 +131,16 @@ class SaveOnStop(Callback):
         """Runs the validation that the checkpoint came too early for, as Lightning would have."""
         if not self._owing:
             return
-        self._owing, connector, loop = False, trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
-        first, loop.restarting, trainer.validating = connector._first_loop_iter, False, True
+        self._owing = False
+        loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        ended, first = (epochs.processed, epochs.completed), connector._first_loop_iter
+        epochs.processed = epochs.completed = epochs.ready - 1  # its epoch has not ended yet
+        loop.restarting, trainer.validating = False, True
         with torch.no_grad():
             loop.run()
         trainer.training, connector._first_loop_iter = True, first
+        epochs.processed, epochs.completed = ended
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

@@ -1,4 +1,4 @@
-"""A fit that is stopped around a validation goes on as if it had not been: no validation is lost, no step runs twice."""
+"""A fit that is stopped around a validation goes on as if it had not been: none is lost, no step runs twice."""
 
 import csv
 
@@ -57,7 +57,7 @@ class Measures(MeasuringCallback):
 
     def measure_length(self, trainer, module, length):
         module.events.append(("measured", trainer.global_step))
-        return [Measurement("weight", length, module.weight.weight.item())]
+        return [Measurement("weight", length, None, module.weight.weight.item(), 0.0, 0.0, 1)]
 
 
 class SignalAtTheEnd(SignalAt):
@@ -89,7 +89,7 @@ def logged(folder):
     """Every value that was logged, by its name and step; the last where a step was logged twice."""
     found = {}
     for path in sorted(folder.glob("log/version_*/metrics.csv")):
-        for row in csv.DictReader(path.open()):
+        for row in csv.DictReader(path.read_text().splitlines()):
             found |= {(name, row["step"]): value for name, value in row.items() if value and "throughput" not in name}
     return found
 
