@@ -122,7 +122,8 @@ class SaveOnStop(Callback):
     def _owes(self, trainer: Trainer) -> bool:
         """Whether a validation is due after the last batch, and has not ended."""
         loop = trainer.fit_loop.epoch_loop
-        fetcher, progress = trainer.fit_loop._data_fetcher, loop.batch_progress.total
+        fetcher = trainer.fit_loop._data_fetcher
+        progress: Any = loop.batch_progress.total
         if trainer.state.fn != TrainerFn.FITTING or fetcher is None or not 0 < progress.ready == progress.processed:
             return False
         return self._validated != loop.total_batch_idx and loop._should_check_val_fx(fetcher)

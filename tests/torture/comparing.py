@@ -1,5 +1,6 @@
 """Whether the folder of a run that was killed is that of an undisturbed one, and whether files are whole meanwhile."""
 
+import csv
 import json
 import re
 import zipfile
@@ -78,9 +79,22 @@ def check_same(out: Path, uncut: Path) -> None:
     for stage, other in zip(read_run(out).stages, read_run(uncut).stages, strict=True):
         if stage.losses != other.losses:
             raise TortureError(f"The losses of {stage.name} differ: {stage.losses} instead of {other.losses}")
+    for folder in uncut.glob(f"*/{LOGS}"):
+        if (one := logged(out / folder.relative_to(uncut))) != (other := logged(folder)):
+            raise TortureError(f"{folder.parent.name} has logged other values: {sorted(one.items() ^ other.items())}")
     for folder in uncut.glob("*/rows"):
         if recorded(out / folder.relative_to(uncut)) != recorded(folder):
             raise TortureError(f"{folder.parent.name} was trained on other rows.")
+
+
+def logged(folder: Path) -> dict[tuple[str, int], str]:
+    """Every value that a ``CSVLogger`` was given but for speeds, by its name and step; the last, where it was again."""
+    found: dict[tuple[str, int], str] = {}
+    for path in sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])):
+        for row in csv.DictReader(path.read_text().splitlines()):
+            values = {name: value for name, value in row.items() if value and "throughput" not in name}
+            found |= {(name, int(row["step"])): value for name, value in values.items()}
+    return found
 
 
 def steps_again(out: Path) -> int:

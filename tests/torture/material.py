@@ -62,10 +62,11 @@ def _stages(root: Path) -> dict[str, dict[str, Any]]:
         },
         "3-finetune": {
             "command": "fit",
-            "trainer": _fit("3-finetune", *_measuring()) | {"val_check_interval": 12, "limit_val_batches": 2},
+            "trainer": _fit("3-finetune", *_measuring())
+            | {"val_check_interval": 2 * CHECKPOINTS, "limit_val_batches": 2},
             "model": _model({**pretrained, "factors": found}),
             "data": _data(root, LONG),
-            "short": {"trainer.max_steps": 8, "trainer.val_check_interval": 6},
+            "short": {"trainer.max_steps": 8, "trainer.val_check_interval": CHECKPOINTS},
         },
         "4-compare": {
             "command": "compare",
@@ -87,7 +88,7 @@ def _trainer(*callbacks: dict[str, Any]) -> dict[str, Any]:
     return {"accelerator": "cpu", "devices": 1, **quiet, "callbacks": list(callbacks)}
 
 
-def _fit(name: str, *callbacks: dict[str, Any]) -> dict[str, Any]:
+def _fit(name: str, *callbacks: dict[str, Any], **more: Any) -> dict[str, Any]:
     saving = {"dirpath": f"{{out}}/{name}/checkpoints", "save_last": True, "save_top_k": 0}
     saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
     saver["init_args"] = {**saving, "every_n_train_steps": CHECKPOINTS}
@@ -100,6 +101,7 @@ def _fit(name: str, *callbacks: dict[str, Any]) -> dict[str, Any]:
         "limit_val_batches": 0,
         "log_every_n_steps": 3,
         "logger": logger,
+        **more,
     }
 
 

@@ -1,7 +1,5 @@
 """A fit that is stopped around a validation goes on as if it had not been: none is lost, no step runs twice."""
 
-import csv
-
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -9,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from stop_signals import SignalAt
 from torch.utils.data import DataLoader
+from torture.comparing import logged
 
 from lightning_longrope.callbacks import SaveOnStop
 from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback
@@ -85,15 +84,6 @@ def fit(folder, interval, signals, ckpt_path=None):
     return model, code
 
 
-def logged(folder):
-    """Every value that was logged, by its name and step; the last where a step was logged twice."""
-    found = {}
-    for path in sorted(folder.glob("log/version_*/metrics.csv")):
-        for row in csv.DictReader(path.read_text().splitlines()):
-            found |= {(name, row["step"]): value for name, value in row.items() if value and "throughput" not in name}
-    return found
-
-
 @pytest.mark.filterwarnings("ignore:.*dataloader is not resumable", "ignore:.*exists and is not empty")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*callback states")
 @pytest.mark.parametrize("interval", [4, None], ids=["steps", "epochs"])
@@ -128,7 +118,7 @@ def test_a_validation_is_not_waited_for_and_not_lost(tmp_path, interval, signals
     assert kept + again.events == whole.events
     assert len(kept) <= done
     assert torch.equal(again.weight.weight, whole.weight.weight)
-    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    assert logged(tmp_path / "cut" / "log") == logged(tmp_path / "whole" / "log") != {}
 
 
 def test_the_command_line_adds_none_where_one_is_given(monkeypatch):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 
 import pytest
@@ -18,7 +17,9 @@ from torture.material import MODEL, STEPS, write_material
 
 from lightning_longrope import peers
 from lightning_longrope.__main__ import main
+from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.locks import hold
+from lightning_longrope.search.journal import Journal
 from lightning_longrope.stopping import STATUS
 
 pytestmark = pytest.mark.distributed
@@ -47,14 +48,6 @@ def command(words):
     os._exit(code)
 
 
-def until(ready, processes):
-    end = time.monotonic() + 100
-    while not ready():
-        assert time.monotonic() < end
-        assert all(process.is_alive() for process in processes)
-        time.sleep(0.005)
-
-
 def ended(processes, logs):
     for process in processes:
         process.join(100)
@@ -64,6 +57,15 @@ def ended(processes, logs):
 
 def fit(material, out, *more):
     return ["fit", "-c", str(material / "recipe" / f"{STAGE}.yaml"), "--out", str(out), *more]
+
+
+def stop(step, ranks=(0,)):
+    """Words for SIGTERM in the step after so many, on some ranks."""
+    return [
+        "--trainer.callbacks+=stop_signals.SignalAt",
+        f"--trainer.callbacks.step={step}",
+        f"--trainer.callbacks.ranks={list(ranks)}",
+    ]
 
 
 def weights(out):
@@ -78,15 +80,15 @@ def uncut(material, tmp_path_factory):
 
 
 def test_a_fit_is_saved_after_the_step_under_way_and_runs_none_twice(material, uncut, tmp_path):
-    for limit in (7, 23):
-        more = ("--ckpt_path", "last") if limit > 7 else ()
-        fitting = start_ranks(1, command, fit(material, tmp_path, *more), logs=tmp_path)
-        until(lambda limit=limit: len(rows(tmp_path)) >= limit, fitting)
-        os.kill(fitting[0].pid, signal.SIGTERM)
-        codes, (said,) = ended(fitting, tmp_path)
+    for step in (7, 23):
+        more = ("--ckpt_path", "last") if step > 7 else ()
+        codes, (said,) = ended(
+            start_ranks(1, command, fit(material, tmp_path, *more, *stop(step)), logs=tmp_path), tmp_path
+        )
         assert codes == [STATUS]
         (line,) = [line for line in said.splitlines() if line.startswith("longrope:")]
-        assert f"Step {len(rows(tmp_path))} is saved in {tmp_path}/{STAGE}/checkpoints/last.ckpt" in line
+        assert f"Step {step + 1} is saved in {tmp_path}/{STAGE}/checkpoints/last.ckpt" in line
+        assert len(rows(tmp_path)) == step + 1
     fitting = start_ranks(1, command, fit(material, tmp_path, "--ckpt_path", "last"), logs=tmp_path)
     assert ended(fitting, tmp_path)[0] == [0]
     assert rows(tmp_path) == list(range(STEPS[STAGE]))
@@ -94,20 +96,29 @@ def test_a_fit_is_saved_after_the_step_under_way_and_runs_none_twice(material, u
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [[0], [1], [1, 0]])
+@pytest.mark.parametrize("told", [[0], [1], [0, 1]])
 def test_one_signal_stops_all_ranks_after_the_same_step(material, tmp_path, told):
-    words = fit(material, tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp")
-    fitting = start_ranks(2, command, words, logs=tmp_path)
-    until(lambda: len(rows(tmp_path)) >= 4, fitting)
-    for rank in told:
-        os.kill(fitting[rank].pid, signal.SIGTERM)
-    codes, texts = ended(fitting, tmp_path)
+    words = fit(material, tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp", *stop(4, told))
+    codes, texts = ended(start_ranks(2, command, words, logs=tmp_path), tmp_path)
     assert codes == [STATUS, STATUS], texts
     (line,) = [line for line in "".join(texts).splitlines() if line.startswith("longrope:")]
     saved = torch.load(tmp_path / STAGE / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     steps = [len((tmp_path / STAGE / "rows" / f"rank{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
-    assert steps == [saved, saved]
+    assert steps == [saved, saved] == [5, 5]
     assert f"Step {saved} is saved" in line
+
+
+def stopped_search(words):
+    """The command, which gets SIGTERM when its journal has eight lines."""
+    append = Journal.append
+
+    def noticed(journal, records):
+        append(journal, records)
+        if len(journal) >= 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Journal.append = noticed
+    command(words)
 
 
 def test_a_search_ends_at_once_and_goes_on(material, uncut, tmp_path):
@@ -117,17 +128,12 @@ def test_a_search_ends_at_once_and_goes_on(material, uncut, tmp_path):
     words = ["search", "-c", str(tmp_path / "2-search.yaml"), "--out", str(tmp_path)]
     journal = tmp_path / "2-search" / "search" / "history.jsonl"
 
-    def lines():
-        return journal.read_bytes().count(b"\n") if journal.exists() else 0
-
-    searching = start_ranks(1, command, words, logs=tmp_path)
-    until(lambda: lines() > 8, searching)
-    os.kill(searching[0].pid, signal.SIGTERM)
+    searching = start_ranks(1, stopped_search, words, logs=tmp_path)
     codes, (said,) = ended(searching, tmp_path)
     assert codes == [STATUS]
     assert said.splitlines()[-1] == "longrope: stopped by SIGTERM. The same command goes on from what is finished."
     before = journal.read_bytes()
-    assert 8 < lines() < 40
+    assert 8 < before.count(b"\n") < 40
     assert ended(start_ranks(1, command, words, logs=tmp_path), tmp_path)[0] == [0]
     assert journal.read_bytes().startswith(before)
 
@@ -215,3 +221,20 @@ def test_only_the_first_process_of_all_nodes_holds_the_lock(tmp_path, monkeypatc
             for name, value in given.items():
                 inner.setenv(name, value)
             assert peers.is_first() is first, given
+
+
+def test_a_stage_file_s_own_folder_counts_unless_a_flag_names_another(material, tmp_path, monkeypatch):
+    stage = yaml.safe_load((material / "recipe" / f"{STAGE}.yaml").read_text())
+    folders = []
+
+    def note(words):
+        folders.append(LongRoPECLI(words, check=True).config["fit"].trainer.default_root_dir)
+
+    monkeypatch.setattr("lightning_longrope.commands.train.LongRoPECLI", note)
+    for name, root in (("own", "mine"), ("none", None)):
+        (tmp_path / name).mkdir()
+        stage["trainer"]["default_root_dir"] = root
+        (tmp_path / name / "1-fit.yaml").write_text(yaml.safe_dump(stage))
+        for more in ([], ["--out", "there"], ["--trainer.default_root_dir", "here"]):
+            assert main(["fit", "-c", str(tmp_path / name / "1-fit.yaml"), *more]) == 0
+    assert folders == ["mine", "there/1-fit", "here", "runs/none/1-fit", "there/1-fit", "here"]
