@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,41 +141,56 @@ def check_yaml(text: str) -> None:
         ValueError: If it is such.
         yaml.YAMLError: If it is not YAML.
     """
-    open_: list[tuple[str | None, int, set[str] | None, bool]] = []  # anchor, values so far, keys of a mapping, at key
+    open_: list[_Open] = []
     sizes: dict[str, int] = {}
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
-            open_.append((event.anchor, 1, set() if isinstance(event, yaml.MappingStartEvent) else None, True))
+            open_.append(_Open(event.anchor, set() if isinstance(event, yaml.MappingStartEvent) else None))
             if len(open_) > DEEPEST:
                 raise ValueError(f"more than {DEEPEST} levels inside each other")
             continue
         if isinstance(event, yaml.ScalarEvent):
             anchor, size = event.anchor, 1
-            _check_key(open_, event)
+            if open_:
+                open_[-1].check_key(event.value)
         elif isinstance(event, yaml.AliasEvent):
-            if any(event.anchor == entry[0] for entry in open_):
+            if any(event.anchor == outer.anchor for outer in open_):
                 raise ValueError(f"the alias *{event.anchor} stands inside what it stands for")
             anchor, size = None, sizes.get(str(event.anchor), 1)
         elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
-            anchor, size, *_ = open_.pop()
+            ended = open_.pop()
+            anchor, size = ended.anchor, ended.values
         else:
             continue
         if anchor is not None:
             sizes[anchor] = size
         if open_:
-            outer, values, keys, at_key = open_[-1]
-            open_[-1] = (outer, values + size, keys, not at_key)
-            if values + size > MOST_VALUES:
-                raise ValueError(f"more than {MOST_VALUES} values, with its aliases written out")
+            open_[-1].add(size)
 
 
-def _check_key(open_: list[tuple[str | None, int, set[str] | None, bool]], event: yaml.ScalarEvent) -> None:
-    """Raises ValueError if a scalar is a key that its mapping has already."""
-    if not open_ or open_[-1][2] is None or not open_[-1][3] or event.value == "<<":
-        return
-    if event.value in open_[-1][2]:
-        raise ValueError(f"the key {event.value!r} stands twice in a mapping")
-    open_[-1][2].add(event.value)
+@dataclass
+class _Open:
+    """A mapping or sequence of YAML that has begun."""
+
+    anchor: str | None
+    keys: set[str] | None  # None for a sequence
+    values: int = 1  # so far, itself among them
+    at_key: bool = True  # the next thing in it is a key, if it is a mapping
+
+    def check_key(self, name: str) -> None:
+        """Raises ValueError if a scalar is a key that the mapping has already."""
+        if self.keys is None or not self.at_key or name == "<<":
+            return
+        if name in self.keys:
+            raise ValueError(f"the key {name!r} stands twice in a mapping")
+        self.keys.add(name)
+
+    def add(self, values: int) -> None:
+        """Counts what has ended in it; raises ValueError where that is too much."""
+        self.values += values
+        self.at_key = not self.at_key
+        if self.values > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES} values, with its aliases written out")
 
 
 def read_table(path: Path, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
