@@ -40,6 +40,13 @@ class StopAtNan(Callback):
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._losses: list[Tensor] = []
         self._unread: _Step | None = None
         self._skipped = 0

@@ -171,9 +171,9 @@ class LongRoPEModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         from lightning_longrope.callbacks.throughput import Throughput
 
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        given = any(isinstance(callback, Throughput) for callback in callbacks)
-        return [MemoryAdvice(), StopAtNan(), *([] if given else [Throughput()])]
+        given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kinds: tuple[type[Callback], ...] = (MemoryAdvice, StopAtNan, Throughput)
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
 
     @override
     def on_fit_start(self) -> None:

@@ -89,6 +89,20 @@ def test_the_step_is_named_and_weights_in_memory_and_on_disk_stay_those_before_i
     assert fit(tmp_path, module(at=0), max_steps=5).global_step == 5
 
 
+def test_a_trainer_that_stopped_trains_again_with_the_same_callbacks(tmp_path, caplog):
+    trainer = Trainer(
+        accelerator="cpu", max_steps=6, limit_val_batches=0, default_root_dir=tmp_path, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="step 4, rank 0: the loss is nan"):
+        trainer.fit(module(), random_loader(rows=32), random_loader(rows=2))
+    before = list(trainer.callbacks)
+    trainer.fit(module(at=0), random_loader(rows=32), random_loader(rows=2))
+    assert trainer.global_step == 6
+    assert trainer.callbacks == before
+    assert "will override" not in caplog.text
+
+
 @pytest.mark.parametrize("at", [4, 8])
 def test_where_the_norm_is_read_a_step_later_nothing_broken_is_saved_either(tmp_path, monkeypatch, at, three_steps):
     """As on an accelerator: the weights break in memory, and the checkpoint of that very step is refused."""
