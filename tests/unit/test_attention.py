@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import LLAMA
+from transformers import Gemma2ForCausalLM
 
 from lightning_longrope import attention
 from lightning_longrope.attention import choose_attention
@@ -47,7 +48,8 @@ def test_it_is_said_once_and_only_by_the_first_process(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == ["Attention: sdpa (FlashAttention needs CUDA)."]
 
 
-def test_eager_attention_that_nobody_asked_for_is_a_warning(caplog):
+def test_eager_attention_that_nobody_asked_for_is_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(Gemma2ForCausalLM, "_supports_sdpa", False)  # as in some versions of transformers
     attention._say.cache_clear()
     caplog.set_level("INFO", logger="lightning_longrope")
     load_model(config=GEMMA2)

@@ -108,6 +108,7 @@ def model_of(name, double):
     attention = config.pop("attn_implementation", "sdpa")
     model = load_model(config=config, attn_implementation=attention).train()
     if name == "adapters":
+        pytest.importorskip("peft")
         add_adapters(model, LoRA(targets=("lm_head", "q_proj")))
         nn.init.normal_(model.lm_head.lora_B["default"].weight, std=0.1)
     model.get_decoder().requires_grad_(name != "frozen body")
