@@ -7,27 +7,22 @@ loaded model.
     python benchmarks/evaluation.py            writes benchmarks/results/evaluation.json
     python benchmarks/evaluation.py --quick    a smaller model, minutes; writes nothing
     python benchmarks/evaluation.py --check    exit status 1 where a goal is missed
-
-``ratio`` is peer / ours throughout (the stock loop over this package), and must reach ``goal``.
 """
 
 import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from _memory import Memory
+from _results import Row, finish, lower_is_better, parser
+
 os.environ["OMP_NUM_THREADS"] = "1"
-RESULTS = Path(__file__).parent / "results" / "evaluation.json"
-AGREEMENT = 1e-4  # allowed relative difference of the perplexities
 
 
 @dataclass(frozen=True)
@@ -162,31 +157,6 @@ def ours(case: Case, model: Any, texts: Any) -> dict[int, float]:
     return {found.length: found.value for found in callback.results if found.metric in wanted}
 
 
-class Memory:
-    """Watches the anonymous memory of this process: pages of libraries come and go as the system likes."""
-
-    def __enter__(self) -> "Memory":
-        self.before = self.peak = _anonymous_bytes()
-        self._running = True
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running = False
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while self._running:
-            self.peak = max(self.peak, _anonymous_bytes())
-            time.sleep(0.002)
-
-
-def _anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
 def worker(side: str, case: Case) -> dict[str, Any]:
     """Runs one side in this process: perplexity, processor seconds, peak bytes, and seconds inside the decoder."""
     import logging
@@ -228,93 +198,55 @@ def measured(side: str, case: Case) -> dict[str, Any]:
     return found
 
 
-def row(name: str, ours: float, peer: float, unit: str, goal: float | None) -> dict[str, Any]:
-    """One comparison; a goal of None is for information."""
-    return {"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": peer / ours, "goal": goal}
-
-
-def check_agreement(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Stops where two sides do not measure the same."""
-    for length, value in one["perplexity"].items():
-        if not math.isclose(value, other["perplexity"][length], rel_tol=AGREEMENT):
-            raise SystemExit(f"The perplexities at {length} differ: {value} and {other['perplexity'][length]}.")
-
-
-def compare(case: Case) -> list[dict[str, Any]]:
+def compare(case: Case) -> list[Row]:
     """Every row of the results."""
     found, peer = measured("ours", case), measured("stock", case)
-    check_agreement(found, peer)
-    length, mib = case.lengths[0], 2.0**20
-    sliding = f"sliding window of {length}, stride {case.stride}"
-    rows = [
-        row(f"{sliding}: processor time", found["seconds"], peer["seconds"], "s", 2.0),
-        row(
-            f"{sliding}: peak memory above the model",
-            found["peak"] / mib,
-            peer["peak"] / mib,
-            "MiB",
-            4.0 if case == FULL else 1.5,
-        ),
-        row(f"{sliding}: perplexity", found["perplexity"][length], peer["perplexity"][length], "", None),
-        row(f"{sliding}: time in the decoder", found["decoder"], peer["decoder"], "s", None),
-        row(
-            f"{sliding}: time in output head and loss",
-            found["seconds"] - found["decoder"],
-            peer["seconds"] - peer["decoder"],
-            "s",
-            None,
-        ),
-    ]
     wide = measured("ours", replace(case, vocabulary=4 * case.vocabulary))
-    rows.append(
-        row(
-            "peak memory above the model, vocabulary x 4 (peer: ours, x 1)",
-            wide["peak"] / mib,
-            found["peak"] / mib,
-            "MiB",
-            0.8,
-        )
-    )
-    prefixes = replace(case, what="prefixes", lengths=tuple(length // part for part in (8, 4, 2, 1)), documents=8)
-    many, alone = measured("ours", prefixes), measured("ours", replace(prefixes, lengths=(length,)))
-    separate = measured("stock", replace(prefixes, stride=length))
-    check_agreement(many, separate)
-    rows.append(row("4 prefix lengths (peer: the stock loop)", many["seconds"], separate["seconds"], "s", 1.5))
-    rows.append(row("4 prefix lengths (peer: ours, the longest alone)", many["seconds"], alone["seconds"], "s", 0.85))
-    return rows
+    length, mib = case.lengths[0], 2.0**20
+    least = ">= 4" if case == FULL else ">= 1.5"
+    name = f"sliding window of {length:,}, stride {case.stride}"
+    peaks = [side["peak"] / mib for side in (found, peer, wide)]
+    heads = [side["seconds"] - side["decoder"] for side in (found, peer)]
+    return [
+        lower_is_better(f"{name}: processor time", found["seconds"], peer["seconds"], "s", ">= 2"),
+        lower_is_better(f"{name}: peak memory above the model", *peaks[:2], "MiB", least),
+        agreement(name, found, peer),
+        lower_is_better(f"{name}: time in the decoder", found["decoder"], peer["decoder"], "s"),
+        lower_is_better(f"{name}: time in output head and loss", heads[0], heads[1], "s"),
+        lower_is_better(f"{name}: peak memory, vocabulary x 4 (peer: ours, x 1)", peaks[2], peaks[0], "MiB", ">= 0.8"),
+        *prefixes(replace(case, what="prefixes", lengths=tuple(length // part for part in (8, 4, 2, 1)), documents=8)),
+    ]
+
+
+def prefixes(case: Case) -> list[Row]:
+    """Several lengths from one forward pass."""
+    many, alone = measured("ours", case), measured("ours", replace(case, lengths=case.lengths[-1:]))
+    separate = measured("stock", replace(case, stride=case.lengths[-1]))
+    name = f"{len(case.lengths)} prefix lengths"
+    return [
+        lower_is_better(f"{name}: processor time", many["seconds"], separate["seconds"], "s", ">= 1.5"),
+        lower_is_better(f"{name} (peer: ours, the longest alone)", many["seconds"], alone["seconds"], "s", ">= 0.85"),
+        agreement(name, many, separate),
+    ]
+
+
+def agreement(name: str, one: dict[str, Any], other: dict[str, Any]) -> Row:
+    """Whether two sides measure the same: the largest relative difference of their perplexities, at all lengths."""
+    apart = max(abs(value / other["perplexity"][length] - 1) for length, value in one["perplexity"].items())
+    return Row(f"{name}: perplexity, relative difference", apart, None, "", apart, "<= 0.0001")
 
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--worker", choices=("ours", "stock"), help=argparse.SUPPRESS)
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    words = parser(__doc__)
+    words.add_argument("--worker", choices=("ours", "stock"), help=argparse.SUPPRESS)
+    words.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    given = words.parse_args()
     if given.worker:
         case = Case(**{**given.case, "lengths": tuple(given.case["lengths"])})
         sys.stdout.write(json.dumps(worker(given.worker, case)) + "\n")
         return 0
-    rows = compare(QUICK if given.quick else FULL)
-    for entry in rows:
-        goal = "" if entry["goal"] is None else f"  (goal {entry['goal']})"
-        values = f"{entry['ours']:.4g} to {entry['peer']:.4g} {entry['unit']}, {entry['ratio']:.2f}x"
-        sys.stdout.write(f"{entry['name']}: {values}{goal}\n")
-    content = {
-        "command": "python benchmarks/evaluation.py",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, one used",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "lightning", "transformers")},
-        "rows": rows,
-    }
-    if not given.quick:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(content, indent=2) + "\n")
-    missed = [entry["name"] for entry in rows if entry["goal"] is not None and entry["ratio"] < entry["goal"]]
-    for name in missed:
-        sys.stdout.write(f"goal missed: {name}\n")
-    return int(given.check and bool(missed))
+    return finish("evaluation", compare(QUICK if given.quick else FULL), given, ("torch", "lightning", "transformers"))
 
 
 if __name__ == "__main__":
