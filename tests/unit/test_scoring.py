@@ -1,6 +1,10 @@
 """Scores against Hugging Face's own loss, one candidate and one document at a time."""
 
+import os
+import platform
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -179,3 +183,28 @@ def test_text_before_the_share_does_not_count_around_a_needle_either():
 def test_objectives_that_make_no_sense_are_refused(arguments):
     with pytest.raises(ValueError, match="`(text|text_from|end_weight|needle_depths)`"):
         Objective(**arguments)
+
+
+FAULTS = """
+import resource, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from lightning_longrope.scoring import token_nll
+sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4}
+model, row = LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval(), torch.ones(1, 2048, dtype=torch.int64)
+taken = []
+for _ in range(8):
+    token_nll(model, row)
+    taken.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(taken[-1] - taken[2])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_passes_on_a_cpu_do_not_take_their_memory_from_the_system_again_and_again():
+    """The threads and the variables of malloc are a user's, so a process of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=kept, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 20_000  # pages in five passes; 60,000 where each is handed back
