@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _memory import keep_freed_memory
 from _results import RESULTS, Row, finish, higher_is_better, parser
 
 from lightning_longrope import LongRoPEModule, search_factors
@@ -322,6 +323,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
+    keep_freed_memory()  # page faults come and go with the size of tensors
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning_longrope"):
         logging.getLogger(name).setLevel(logging.ERROR)

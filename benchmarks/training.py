@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import keep_freed_memory
 from _results import Row, finish, lower_is_better, parser
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
@@ -37,7 +38,6 @@ from lightning_longrope.layers import has_compiler
 from lightning_longrope.optimizers import Schedule
 
 CLIPPED = 1.0
-SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 STEP = 0.2  # seconds of the step that a framework's share is stated of
 PRETRAINING_STEPS = 2000  # of the quick start
 
@@ -301,8 +301,7 @@ def compiled(case: Case, folder: Path) -> Row:
 def main() -> int:
     """Runs the benchmark."""
     given = parser(__doc__).parse_args()
-    if not SETTINGS.items() <= os.environ.items():  # which are read before the first line of a program
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SETTINGS)
+    keep_freed_memory()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
