@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after so many")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has left out the first
+        signal.signal(number, signal.default_int_handler)
     begin, root = time.monotonic(), Path(tempfile.mkdtemp(prefix="torture-"))
     torture, number = Torture(root, tuple(given.part)), 0
     tally = torture.tally

@@ -108,6 +108,19 @@ def test_one_signal_stops_all_ranks_after_the_same_step(material, tmp_path, told
     assert f"Step {saved} is saved" in line
 
 
+@pytest.mark.slow
+def test_a_validation_ends_on_all_ranks_together(material, tmp_path):
+    words = fit(material, tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp", *stop(5, [1]))
+    words += ["--trainer.callbacks.batch=0", "--trainer.limit_val_batches=3", "--trainer.val_check_interval=5"]
+    codes, texts = ended(start_ranks(2, command, words, logs=tmp_path), tmp_path)
+    assert codes == [STATUS, STATUS], texts
+    saved = torch.load(tmp_path / STAGE / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 5
+    assert saved["callbacks"]["SaveOnStop"] == {"validation_is_owed": True}
+    steps = [len((tmp_path / STAGE / "rows" / f"rank{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
+    assert steps == [5, 5]
+
+
 def stopped_search(words):
     """The command, which gets SIGTERM when its journal has eight lines."""
     append = Journal.append
