@@ -251,3 +251,18 @@ def test_a_stage_file_s_own_folder_counts_unless_a_flag_names_another(material, 
         for more in ([], ["--out", "there"], ["--trainer.default_root_dir", "here"]):
             assert main(["fit", "-c", str(tmp_path / name / "1-fit.yaml"), *more]) == 0
     assert folders == ["mine", "there/1-fit", "here", "runs/none/1-fit", "there/1-fit", "here"]
+
+
+TWICE = """
+import os, signal
+from lightning_longrope.stopping import StoppedError, stoppable
+try:
+    with stoppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+except StoppedError:
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_one_more_signal_on_the_way_out_leaves_the_status_as_it_is():
+    assert subprocess.run([sys.executable, "-c", TWICE], check=False).returncode == STATUS
