@@ -63,14 +63,15 @@ class Throughput(Callback):
         self.peak_tflops = peak_tflops
         self._peak: float | None = None
         self._size: ModelSize | None = None
+        self._began: float | None = None  # of the steps since the last report
+        self._paused_at: float | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._peak = self._peak_flops(trainer, pl_module)
         self._size = None if self._peak is None else _size(pl_module)
         self._first_step = self._last_step = self._reported_step = trainer.global_step
-        self._began: float | None = None  # of the steps since the last report
-        self._paused_at: float | None = None
+        self._began = self._paused_at = None
         self._paused_since, self._paused_before = 0.0, 0.0  # seconds, since the last report and before it
         self._lengths: list[NDArray[np.int64]] = []
 
@@ -84,7 +85,8 @@ class Throughput(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and self._paused_at is None:
+        between_steps = self._began is not None and self._paused_at is None
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and between_steps:
             _wait(trainer.strategy.root_device)
             self._paused_at = perf_counter()
 

@@ -1,5 +1,7 @@
 """A fit that is stopped around a validation goes on as if it had not been: none is lost, no step runs twice."""
 
+import csv
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -9,7 +11,7 @@ from stop_signals import SignalAt
 from torch.utils.data import DataLoader
 from torture.comparing import logged
 
-from lightning_longrope.callbacks import SaveOnStop
+from lightning_longrope.callbacks import SaveOnStop, Throughput
 from lightning_longrope.callbacks.measurement import Measurement, MeasuringCallback
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.stopping import STATUS, StoppedError
@@ -24,7 +26,7 @@ class Model(LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.events.append(("step", self.global_step))
-        loss = (self.weight(batch) - self.global_step).square().mean()
+        loss = (self.weight(batch["input_ids"]) - self.global_step).square().mean()
         self.log("loss", loss)
         return loss
 
@@ -44,7 +46,7 @@ class Rows(LightningDataModule):
         self.rows = rows
 
     def train_dataloader(self):
-        return DataLoader(torch.ones(self.rows, 1))
+        return DataLoader([{"input_ids": torch.ones(1)}] * self.rows)
 
     def val_dataloader(self):
         return DataLoader(torch.arange(float(BATCHES))[:, None])
@@ -69,7 +71,7 @@ class SignalAtTheEnd(SignalAt):
 def fit(folder, interval, signals, ckpt_path=None):
     """Events of a fit, its model, and whether it was stopped. The callback stands before the one that saves."""
     saver = ModelCheckpoint(folder, "{step}", save_last=True, save_top_k=-1, every_n_train_steps=4)
-    callbacks: list[Callback] = [signals, SaveOnStop(), Measures(lengths=[2]), saver]
+    callbacks: list[Callback] = [signals, SaveOnStop(), Measures(lengths=[2]), saver, Throughput()]
     trainer = Trainer(
         accelerator="cpu", max_steps=STEPS, max_epochs=-1, callbacks=callbacks, logger=CSVLogger(folder, "log"),
         log_every_n_steps=2, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
@@ -118,6 +120,9 @@ def test_a_validation_is_not_waited_for_and_not_lost(tmp_path, interval, signals
     assert kept + again.events == whole.events
     assert len(kept) <= done
     assert torch.equal(again.weight.weight, whole.weight.weight)
+    for path in (tmp_path / "cut" / "log").rglob("metrics.csv"):
+        speeds = [row.get("throughput/tokens_per_second") for row in csv.DictReader(path.read_text().splitlines())]
+        assert all(float(speed) > 0 for speed in speeds if speed)
     assert logged(tmp_path / "cut" / "log") == logged(tmp_path / "whole" / "log") != {}
 
 
