@@ -339,9 +339,9 @@ def _parse(data: str | dict[str, Any], original_length: int | None, target_lengt
 
 def _from_csv(text: str, original_length: int | None, target_length: int | None) -> RescaleFactors:
     """Factors from one value a line or one row a layer."""
-    lines = [[cell for cell in line.split(",") if cell.strip()] for line in text.splitlines()]
+    lines = [[cell.strip(" \t\r") for cell in line.split(",")] for line in text.split("\n")]
     try:
-        rows = [[number(cell.strip()) for cell in line] for line in lines if line]
+        rows = [[number(cell) for cell in line if cell] for line in lines if any(line)]
     except ValueError as error:
         raise ValueError(f"expected numbers separated by commas or newlines; {error}.") from error
     if not rows:

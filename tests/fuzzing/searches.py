@@ -59,7 +59,7 @@ def judge_factors(data: bytes, value: LengthTables, intact: list[Any]) -> None:
 def judge_csv(data: bytes, value: RescaleFactors, intact: list[Any]) -> None:
     """numpy reads the same numbers."""
     text = data.decode("utf-8-sig")
-    rows = [np.array([cell for cell in line.split(",") if cell.strip()], np.float64) for line in text.splitlines()]
+    rows = [np.array([cell for cell in line.split(",") if cell.strip()], np.float64) for line in text.split("\n")]
     rows = [row for row in rows if len(row)]
     flat = np.concatenate(rows) if all(len(row) == 1 for row in rows) else rows[-1]
     assert flat.tolist() == list(value.values)
