@@ -62,6 +62,9 @@ class Torture:
         except TortureError as error:
             self.tally.failures.append(f"round {number}, moments {self.tally.fired[before:]}: {error}"[:5000])
             sys.stderr.write(f"{self.tally.failures[-1]}\n")
+        except KeyboardInterrupt:
+            del self.tally.fired[before:]  # nothing was compared
+            raise
         else:
             shutil.rmtree(out)
 
