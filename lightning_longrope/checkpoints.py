@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from lightning_longrope.collectives import is_broken_collective
 from lightning_longrope.out_of_memory import is_out_of_memory
-from lightning_longrope.reading import MALFORMED, read_text
+from lightning_longrope.reading import MALFORMED, is_plain_name, read_text
 
 _WEIGHTS_PREFIX = "model."  # of the model inside a LongRoPEModule
 _DEEPSPEED = {
@@ -76,7 +76,7 @@ def read_checkpoint(path: Path, values: bool = True) -> tuple[dict[str, Any], di
         ValueError: If there is no such checkpoint, another module has written it, or it is not whole or not safe.
     """
     extra = _read_extra(path)
-    if values and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a node, not each of them again
+    if values and _is_first_of_node():
         for file in _archives(path):
             _check_whole(file)
     if is_deepspeed(path):
@@ -228,7 +228,7 @@ def is_deepspeed(path: Path) -> bool:
 def _tag_folder(path: Path) -> Path:
     """The folder that ``latest`` names, which is one inside."""
     name = read_text(path / "latest", 4096).strip()
-    if name in ("", ".", "..") or "\0" in name or Path(name).name != name or len(name.encode()) > 255:
+    if not is_plain_name(name):
         raise ValueError(f"{path / 'latest'} must name a folder beside it, got {name!r}.")
     return path / name
 
@@ -272,6 +272,11 @@ def _archives(path: Path) -> list[Path]:
     if is_deepspeed(path):
         return sorted(_tag_folder(path).glob("*_states.pt"))
     return [path / "meta.pt" if _is_distributed(path) else path]
+
+
+def _is_first_of_node() -> bool:
+    """Whether this process is the one that compares checksums, so that not each of a node reads every file again."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def _check_whole(file: Path) -> None:
@@ -328,7 +333,8 @@ def _read_distributed(path: Path, values: bool) -> dict[str, Tensor]:
     with _reading(path):
         if not values:
             return {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in found.items()}
-        _check_parts(path, metadata, {key: found[name] for key, name in keys.items()})
+        if _is_first_of_node():
+            _check_parts(path, metadata, {key: found[name] for key, name in keys.items()})
         loaded: dict[str, Any] = {}
         planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
         _load_state_dict(loaded, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
@@ -381,9 +387,7 @@ def _read_index(path: Path) -> Any:
         except MemoryError as error:  # of a length that a text in it claims to have
             raise _damaged(file, error) from error
         names = {part.relative_path for part in metadata.storage_data.values()}
-    if outside := sorted(
-        map(repr, names - {name for name in names if isinstance(name, str) and Path(name).name == name})
-    ):
+    if outside := sorted(repr(name) for name in names if not is_plain_name(name)):
         raise ValueError(f"{file} must name files beside it, got {outside[0]}.")
     return metadata
 

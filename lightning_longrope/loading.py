@@ -27,7 +27,7 @@ from lightning_longrope.geometry import config_fields
 from lightning_longrope.lora import LoRA, merged_weights
 from lightning_longrope.model import install_factors
 from lightning_longrope.out_of_memory import is_out_of_memory
-from lightning_longrope.reading import blaming, read_json_object, read_yaml
+from lightning_longrope.reading import blaming, is_plain_name, read_json_object, read_yaml
 from lightning_longrope.tables import LengthTables
 
 PRETRAINED_ROPE = "pretrained_rope"
@@ -83,7 +83,7 @@ def _loaded(
     with _loading("model", str(name_or_path)):
         if path.is_dir():
             _check_index(path)
-            _check_size(path, AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
+            _check_size(path, trust_remote_code)
         if (path / FACTORS_FILE).is_file():
             return _load_exported(path, how, trust_remote_code)
         return _whole_model(str(name_or_path), trust_remote_code=trust_remote_code, **how)
@@ -116,23 +116,24 @@ def _check_index(folder: Path) -> None:
         if not isinstance(shards, dict):
             raise ValueError(f"{path} must have a mapping of weights to files as `weight_map`.")
         for name in shards.values():
-            if not isinstance(name, str) or Path(name).name != name:
+            if not is_plain_name(name):
                 raise ValueError(f"{path} must name files beside it, got {name!r}.")
 
 
-def _check_size(folder: Path, config: Any) -> None:
+def _check_size(folder: Path, trust_remote_code: bool) -> None:
     """Refuses a config of far more weights than its files hold, before transformers fills them with random numbers.
 
     Raises:
         ValueError: If embeddings and one matrix a layer alone were 16 times the files' bytes; weights take 1/4 or more.
     """
-    fields = config_fields(config)
-    width, layers = fields.get("hidden_size") or 0, fields.get("num_hidden_layers") or 0
-    least = width * (fields.get("vocab_size") or 0) + layers * max(1, width) * max(
-        1, fields.get("intermediate_size") or 0
-    )
     held = sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
-    if held and least > 16 * held:
+    if not held or (folder / "adapter_config.json").is_file():  # adapters, of a model elsewhere
+        return
+    fields = config_fields(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
+    names = ("hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size")
+    width, words, layers, inner = (max(0, value) if type(value := fields.get(name)) is int else 0 for name in names)
+    least = width * words + layers * max(1, width) * max(1, inner)
+    if least > 16 * held:
         raise ValueError(f"config.json describes {least:,} weights or more, but its files hold {held:,} bytes")
 
 

@@ -243,6 +243,13 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def is_plain_name(value: Any) -> bool:
+    """Whether a value is the name of a file in a folder, and not a way out of it."""
+    if not isinstance(value, str) or value in ("", ".", "..") or "\0" in value:
+        return False
+    return Path(value).name == value and len(value.encode(errors="surrogatepass")) < 256
+
+
 def is_number(value: Any) -> bool:
     """Whether a value of JSON or YAML is a finite number; true and false are none."""
     try:

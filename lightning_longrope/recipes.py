@@ -41,6 +41,12 @@ class Stage:
         return self.out / self.name
 
     @property
+    def root(self) -> Any:
+        """The ``trainer.default_root_dir`` of its configuration, None if that states none."""
+        trainer = self.config.get("trainer")
+        return trainer.get("default_root_dir") if isinstance(trainer, dict) else None
+
+    @property
     def digest(self) -> str:
         """Short name of the configuration, to notice when it has changed."""
         return hashlib.sha256(json.dumps([self.command, self.config], sort_keys=True).encode()).hexdigest()[:16]

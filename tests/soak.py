@@ -4,7 +4,8 @@
 
 Every round trains a small model and saves it, resumes it, searches factors, measures, and removes what it wrote. What
 the process holds is noted every few seconds and at the end of each round. Runs add up: samples are appended to
-``benchmarks/results/soak.jsonl`` with their commit, and the verdict is over all runs of the commits that are given.
+``benchmarks/results/soak.jsonl`` with their commit. The verdict is over all runs of the commit that is here;
+``--minutes 0`` judges whatever has been kept.
 """
 
 import argparse
@@ -267,6 +268,8 @@ def main() -> int:
         soak(file, given.minutes, commit=_commit())
     samples = read(file)
     draw(samples, given.results / "soak.png")
+    if given.minutes:
+        samples = [sample for sample in samples if sample["commit"] == _commit()]
     found = complaints(samples)
     sys.stdout.write("\n".join([summary(samples), *found, "piles up" if found else "flat"]) + "\n")
     return bool(found)

@@ -57,8 +57,7 @@ def run(command: str, arguments: list[str]) -> None:
     stages = stages if given.seed is None else [with_seed(stage, given.seed) for stage in stages]
     for stage in stages:
         _check(stage, overrides)
-        root = (stage.config.get("trainer") or {}).get("default_root_dir")
-        if root not in (None, str(stage.folder)):
+        if stage.root not in (None, str(stage.folder)):
             log.info("%s writes to %s: `trainer.default_root_dir` is set aside in a recipe.", stage.name, stage.folder)
     with only_run(out):
         if peers.current() is not None:

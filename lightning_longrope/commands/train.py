@@ -28,8 +28,7 @@ def trainer(command: str, arguments: list[str]) -> None:
 
 def _names_root(words: list[str], stage: Stage | None) -> bool:
     """Whether a word or a stage file says where the run writes, which counts unless ``--out`` does."""
-    stated = stage is not None and (stage.config.get("trainer") or {}).get("default_root_dir") is not None
-    return stated or any(word.split("=")[0] == ROOT for word in words)
+    return (stage is not None and stage.root is not None) or any(word.split("=")[0] == ROOT for word in words)
 
 
 def staged_words(arguments: list[str]) -> tuple[list[str], Stage | None, Path | None]:

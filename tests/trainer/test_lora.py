@@ -11,7 +11,6 @@ import yaml
 from helpers import LLAMA, random_loader, tiny_llama
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import LoraConfig, get_peft_model
 from processes import PARTITIONED, run_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -27,6 +26,7 @@ from lightning_longrope.model import output_head
 from lightning_longrope.optimizers import MuonAdamW, Schedule
 from lightning_longrope.strategies import LongContextDeepSpeedStrategy, LongContextFSDP2Strategy
 
+peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft's get_peft_model
 ROOT = Path(__file__).parents[2]
 SHAPE = {"rotary_size": 16, "base": 10_000.0, "original_length": 32, "target_length": 64}
@@ -84,7 +84,7 @@ def test_what_longlora_trains_moves_and_all_else_stays_bit_for_bit(tmp_path, fam
 @pytest.mark.parametrize("whole", [True, False])
 def test_peft_counts_as_many_trained_parameters(whole):
     names = ["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"] if whole else None
-    theirs = get_peft_model(tiny_llama(), LoraConfig(r=3, target_modules=ATTENTION, modules_to_save=names))
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=3, target_modules=ATTENTION, modules_to_save=names))
     made = module(LoRA(rank=3, train_norms=whole, train_embeddings=whole))
     groups = made.parameter_groups()
     assert sum(p.numel() for group in groups for p in group["params"]) == theirs.get_nb_trainable_parameters()[0]
@@ -94,7 +94,7 @@ def test_peft_counts_as_many_trained_parameters(whole):
 
 def test_merged_weights_are_those_that_peft_merges(tmp_path):
     made, checkpoint = trained(tmp_path, LoRA(rank=4, alpha=12, train_norms=False, train_embeddings=False))
-    theirs = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=12, target_modules=ATTENTION))
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=4, lora_alpha=12, target_modules=ATTENTION))
     theirs.load_state_dict({f"base_model.model.{name}": value for name, value in made.model.state_dict().items()})
     merged, loaded = theirs.merge_and_unload().state_dict(), load_model(checkpoint).state_dict()
     assert merged.keys() == loaded.keys()

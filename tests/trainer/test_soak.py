@@ -59,6 +59,6 @@ def test_rounds_leave_nothing_behind(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, cwd=TESTS, timeout=280)
     assert done.returncode == 0, done.stderr
     _, second, third = json.loads(done.stdout.splitlines()[-1])
-    assert {name: third[name] for name in soak.COUNTS} == {name: second[name] for name in soak.COUNTS}
+    assert all(third[name] <= second[name] for name in soak.COUNTS)
     assert third["anonymous"] < second["anonymous"] + 16
     assert soak.read(tmp_path / "soak.jsonl")[-1] == third

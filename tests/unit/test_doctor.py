@@ -84,6 +84,8 @@ def test_versions_and_builds(monkeypatch):
 def test_what_is_installed_and_does_not_import_is_broken_and_fails(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
+    (tmp_path / "flash_attn-2.8.3.dist-info" / "METADATA").write_text("Name: flash-attn\nVersion: 2.8.3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(doctor, "installed", lambda package: "2.8.3" if package == "flash-attn" else None)
     assert main(["doctor"]) == 2

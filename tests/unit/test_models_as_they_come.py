@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import FAMILY
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_longrope import LongRoPEModule, RescaleFactors, install_factors, load_model
 from lightning_longrope.isolation import plain_rows
@@ -215,3 +215,21 @@ def test_the_loss_of_another_process_is_not_blamed_on_the_folder(saved, monkeypa
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lose)
     with pytest.raises(RuntimeError, match="Connection closed"):
         load_model(saved())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
+def test_adapters_beside_no_model_of_their_own_are_loaded_into_theirs(tmp_path):
+    peft = pytest.importorskip("peft")
+    _model().save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(load_model(tmp_path / "base"), peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapters")
+    assert any("lora" in name for name, _ in load_model(tmp_path / "adapters").named_parameters())
+
+
+def test_widths_that_differ_between_layers_are_no_trouble(tmp_path):
+    text = {**COMMON, "model_type": "gemma3n_text", "intermediate_size": [32, 64], "num_kv_shared_layers": 0}
+    text |= {"vocab_size_per_layer_input": 8, "hidden_size_per_layer_input": 4, "laurel_rank": 4, "head_dim": 16}
+    text |= {"activation_sparsity_pattern": [0.0, 0.0], "altup_num_inputs": 2}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(text.pop("model_type"), **text)).save_pretrained(tmp_path)
+    assert load_model(tmp_path).config.intermediate_size == [32, 64]

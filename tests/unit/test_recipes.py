@@ -114,3 +114,10 @@ def test_a_given_model_takes_the_place_of_one_that_the_recipe_names(tmp_path):
     assert first.config["model"]["init_args"] == {"name_or_path": "my/model", "factors": f"{tmp_path}/out/a.json"}
     assert first.config["data"]["init_args"] == {"tokenizer": "my/model", "files": ["their/books"]}
     assert second.config["model"]["init_args"]["name_or_path"].startswith(f"{tmp_path}/out/1-pretrain")
+
+
+@pytest.mark.parametrize("trainer", [[1], "trainer.yaml", {"default_root_dir": "here"}, None])
+def test_what_a_stage_says_of_its_root_may_be_anything(tmp_path, trainer):
+    (tmp_path / "1-fit.yaml").write_text(yaml.safe_dump({"command": "fit", "trainer": trainer}))
+    stage = read_stage(tmp_path / "1-fit.yaml", tmp_path / "out")
+    assert stage.root == ("here" if isinstance(trainer, dict) else None)
