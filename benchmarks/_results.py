@@ -23,6 +23,8 @@ from lightning_longrope.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SIGNS = {">=": operator.ge, "<=": operator.le}
+FAILED = "failed"
+"""Unit of a row for what did not work; its figures mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the ratio reaches the goal; None without one."""
+        """Whether the ratio reaches the goal; False where the work failed, else None without a goal."""
+        if self.unit == FAILED:
+            return False
         if self.goal is None:
             return None
         sign, bound = self.goal.split()
@@ -71,6 +75,11 @@ def lower_is_better(name: str, ours: float, peer: float, unit: str, goal: str | 
     return Row(name, ours, peer, unit, peer / ours, goal)
 
 
+def failed(name: str, reason: str, goal: str | None = None) -> Row:
+    """A row for what did not work, which misses whatever it was held to."""
+    return Row(f"{name}: {reason}", 0.0, None, FAILED, 0.0, goal)
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The command line of a benchmark: ``--quick``, ``--check`` and what the script adds.
 
@@ -79,7 +88,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="smaller cases, under ten minutes; writes no results")
-    made.add_argument("--check", action="store_true", help="exit status 1 where a goal is missed")
+    made.add_argument("--check", action="store_true", help="exit status 1 where a goal is missed or a row failed")
     return made
 
 
@@ -98,16 +107,17 @@ def finish(
         rows: What was measured.
         given: Parsed options, with ``quick`` and ``check``.
         packages: Distributions whose versions matter to the figures.
-        extra: Further keys of the file.
+        extra: Further keys of the file; its ``machine`` stands in place of the one this process sees.
         path: Another file to write.
 
     Returns:
-        The exit status: 1 where a goal is missed under ``--check``, else 0.
+        The exit status: 1 where a goal is missed or a row failed under ``--check``, else 0.
     """
     for row in rows:
         sys.stdout.write(line_of(row) + "\n")
     if not given.quick:
-        record = record_of(name, rows, packages, machine()) | dict(extra or {})
+        keys = dict(extra or {})
+        record = record_of(name, rows, packages, keys.pop("machine", None) or machine()) | keys
         write_json(path or RESULTS / f"{name}.json", record)
     return int(given.check and any(row.met is False for row in rows))
 

@@ -20,8 +20,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
-
 from _memory import Memory
 from _results import Row, finish, lower_is_better, parser
 
@@ -35,7 +33,7 @@ class Case:
 
     Attributes:
         vocabulary: V.
-        goal: What the share of Hugging Face's memory is held to.
+        goal: What the share of Hugging Face's memory is held to; None for information.
         tokens: N.
         hidden: H.
         dtype: Of weights and hidden states; losses compute in float32.
@@ -43,7 +41,7 @@ class Case:
     """
 
     vocabulary: int
-    goal: str
+    goal: str | None
     tokens: int = 8192
     hidden: int = 1024
     dtype: str = "bfloat16"
@@ -102,7 +100,8 @@ def worker(side: str, case: Case) -> dict[str, float]:
 def measured(side: str, case: Case) -> dict[str, float]:
     """What ``worker`` finds, in a process of its own."""
     words = [sys.executable, __file__, "--worker", side, "--case", json.dumps(asdict(case))]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side}: {done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

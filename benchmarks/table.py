@@ -11,6 +11,11 @@ from _results import RESULTS, Row, read
 from lightning_longrope.files import write_text
 
 README = Path(__file__).parent / "README.md"
+WAITING = {
+    "gpu": "Not run yet: no GPU has been at hand so far. The script has run at toy sizes on a CPU"
+    " alone (`--dry-run`), so there are no rows here."
+}
+"""Why there are no results of a script."""
 BEGIN, END = "<!-- table.py writes from here -->", "<!-- to here -->"
 
 
@@ -27,7 +32,7 @@ def page(text: str, folder: Path) -> str:
 def section(path: Path) -> str:
     """The results of one script: where they are from, then a line for each row."""
     if not path.exists():
-        return f"### {path.stem}\n\nNot run yet."
+        return f"### {path.stem}\n\n{WAITING.get(path.stem, 'Not run yet.')}"
     record = read(path)
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     lines = [f"### {path.stem}", "", f"`{record['command']}`  ", f"{record['machine']}; {versions}", ""]

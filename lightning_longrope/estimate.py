@@ -132,7 +132,8 @@ class Run:
         weight_bytes: Of each weight.
         state_bytes: Of each trainable weight besides: its gradient, a float32 copy if there is one, optimizer moments.
         gradient_bytes: Of these, the gradient.
-        kernels: Of the backward pass.
+        kernels: Of the backward pass, for a run that brings its own, such as ``FUSED``. They are taken as they are:
+            tiles take the inside of their MLPs down, but not, as ``TILED`` does, their norms. None for Hugging Face's.
     """
 
     seq_len: int
