@@ -13,6 +13,7 @@ import torch
 import yaml
 from fuzzing.models import SMALL, WEIGHTS
 from helpers import tiny_llama
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from small_tokenizers import byte_level
 
 import lightning_longrope
@@ -21,6 +22,7 @@ from lightning_longrope.checkpoints import check_resumable, read_checkpoint
 from lightning_longrope.cli import LongRoPECLI, check_resumed
 from lightning_longrope.loading import load_model, load_tokenizer
 from lightning_longrope.sizes import read_config
+from lightning_longrope.strategies.whole_file import WholeFileIO
 
 PACKAGE = Path(lightning_longrope.__file__).parent
 CHECKED = {"universal_groups"}
@@ -169,6 +171,30 @@ def test_code_in_a_checkpoint_is_run_neither_to_load_nor_to_resume(here, capsys)
     with pytest.raises(ValueError, match="download the checkpoint first"):
         check_resumed("https://host/a.ckpt", None)
     check_resumed(str(here / "a.ckpt"), False)  # which asks for it
+
+
+@pytest.mark.parametrize(("word", "file"), [("last", "checkpoints/last.ckpt"), ("hpc", "hpc_ckpt_1.ckpt")])
+def test_code_in_a_checkpoint_that_lightning_finds_itself_is_not_run(here, capsys, monkeypatch, word, file):
+    (here / "fit.yaml").write_text(yaml.safe_dump({
+        "trainer": {"accelerator": "cpu", "max_steps": 1, "logger": False, "default_root_dir": "run",
+                    "enable_progress_bar": False, "enable_model_summary": False},
+        "model": {"init_args": {"config": {**SMALL, "vocab_size": 300}}},
+        "data": {"class_path": "lightning_longrope.datamodules.SampleTextDataModule",
+                 "init_args": {"seq_len": 16, "vocab_size": 300, "cache_dir": "data"}},
+    }))  # fmt: skip
+    (here / "run" / file).parent.mkdir(parents=True)
+    path = ckpt(here / "run" / file)
+    before_2_6 = lambda self, path, map_location=None: torch.load(path, weights_only=False)  # noqa: E731
+    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", before_2_6)
+    assert main(["fit", "-c", "fit.yaml", "--ckpt_path", word]) == 2
+    assert f"{file} holds objects that are not safe to read: posix.mkdir" in capsys.readouterr().err
+    monkeypatch.setattr("lightning_longrope.strategies.whole_file.check_resumable", lambda path: None)
+    with pytest.raises(pickle.UnpicklingError, match="mkdir"):  # held twice
+        WholeFileIO().load_checkpoint(path)
+    assert not (here / "evil").exists()
+    (here / "asked for").touch()
+    WholeFileIO().load_checkpoint(path, weights_only=False)
+    assert (here / "evil").exists()  # else the code could not have run above either
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
