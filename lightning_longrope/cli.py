@@ -37,7 +37,7 @@ from lightning_longrope.locks import hold
 from lightning_longrope.model import installed_factors, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.reading import check_yaml
-from lightning_longrope.redaction import redact_all
+from lightning_longrope.redaction import redact, redact_all
 from lightning_longrope.reporting.results import Results, read_results
 from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy  # noqa: F401 - by name in configs
 from lightning_longrope.strategies.whole_file import WholeFileIO
@@ -225,7 +225,7 @@ class LongRoPEParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(" ".join(message.split())) from ex
+        raise ValueError(" ".join(redact(message).split())) from ex  # lines tell where a value ends
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:

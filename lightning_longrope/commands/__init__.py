@@ -66,13 +66,18 @@ _REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Choose ano
 
 def _line(error: Exception) -> str:
     """An error in one line that may be shown to anybody; what was noted on it comes first, since it is what to do."""
-    text = " ".join(str(error).split())
+    text = _joined([str(error)])
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        text = f"{error.strerror}: {error.filename}. {_REMEDIES.get(error.errno or 0, '')}".rstrip()
+        text = f"{error.strerror}: {redact(str(error.filename))}. {_REMEDIES.get(error.errno or 0, '')}".rstrip()
     if notes := getattr(error, "__notes__", []):
-        text = f"{' '.join(notes)} ({text.split(' Exception raised from', 1)[0]})"
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in redact(text))
+        text = f"{_joined(notes)} ({text.split(' Exception raised from', 1)[0]})"
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 200]} ... {text[-195:]}"
+
+
+def _joined(texts: list[str]) -> str:
+    """Texts of several lines in one, without credentials; it is the lines that tell where a value ends."""
+    return " ".join(redact("\n".join(texts)).split())
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_longrope.collectives import LostPeerError, is_broken_collective
+from lightning_longrope.redaction import redact
 
 log = logging.getLogger("lightning_longrope")
 
@@ -185,7 +186,7 @@ class Peers:
             with self._changed:
                 self._changed.wait_for(lambda: self.loss, _VERDICT)
         if (loss := self.loss) is None:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
+            text = " ".join(f"{type(error).__name__}: {redact(str(error))}".split())
             self._end(f"has ended with {text[:300].rstrip('.')}")
         return loss  # which is not what comes of telling: the hub tells all who has ended
 

@@ -1,9 +1,12 @@
 """What is a credential, by name, by shape and by environment, and what only looks like one."""
 
 import time
+from functools import partial
 
 import pytest
 
+from lightning_longrope.cli import LongRoPEParser
+from lightning_longrope.commands import run_command
 from lightning_longrope.redaction import MARK, redact, redact_all, redact_words
 
 SECRET = "b7f1c0ffee" * 4
@@ -53,12 +56,71 @@ def test_what_stands_behind_a_telling_name(text):
         "hf_",
         "password",
         "token: [",
+        ",token",
+        ", token: {",
+        "--token.token",
+        "token: '",
+        "token:\n ",
+        "- ",
     ],
 )
 def test_a_line_of_a_million_letters_takes_a_moment(line):
     began = time.process_time()
     redact(line * (1_000_000 // len(line)))
     assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:\n  password: |\n    two {0}\n\n    {0}\nseed: 1",
+        "Got value: password: |-\n  two {0}\nseed: 1",
+        "api_keys:\n- {0}\n- {0} more\nseed: 1",
+        "x:\n- api_keys:\n  - {0}\n  -  {0}\nseed: 1",
+        "a:\n  secrets:\n    first: {0}\n    second:\n      third: [{0}]\nseed: 1",
+        "password: two {0}\nseed: 1",
+        "password: two\n  {0}\nseed: 1",
+        "password: 'it''s\n  {0}'\nseed: 1",
+        "password: 'it''s {0}'\nseed: 1",
+        'password: "a \\" {0}"\nseed: 1',
+        "password: none, {0}\nseed: 1",
+        "{{x: 1, password: two {0}, seed: 1}}",
+        "{{secrets: {{a: {0}, b: {0}}}, seed: 1}}",
+        "secrets.0: {0} {0}\nseed: 1",
+        "longrope fit --data.api_keys+={0} --seed 1",
+        "longrope fit --data.secrets.0 {0},{0} --seed 1",
+        "api_keys+={0} seed: 1",
+    ],
+)
+def test_a_value_is_hidden_as_far_as_it_goes(text):
+    found = redact(text.format(SECRET))
+    assert SECRET not in found
+    assert MARK in found
+    assert "two" not in found
+    assert "seed: 1" in found or found.endswith("--seed 1")
+
+
+def test_lines_that_have_been_joined_are_hidden_to_their_end():
+    assert redact(f"api_keys: - {SECRET} - other") == f"api_keys: {MARK}"
+
+
+def test_errors_in_one_line_hide_what_stood_in_several(monkeypatch, capsys):
+    text = f"It is:\n  password: |\n    two {SECRET}\n  api_keys:\n  - {SECRET}\n  - {SECRET}\n  seed: x"
+    for error in (ValueError(text), OSError(text)):
+        for noted in (error, type(error)("no")):
+            noted.add_note(text)
+            run = partial(raised, noted)
+            monkeypatch.setattr("lightning_longrope.commands.command_of", lambda word, run=run: run)
+            assert run_command("fit", []) == 2
+            said = capsys.readouterr().err
+            assert SECRET not in said
+            assert f"It is: password: {MARK} api_keys: {MARK} seed: x" in said
+    with pytest.raises(ValueError, match=f"^It is: password: {MARK} api_keys: {MARK} seed: x$"):
+        LongRoPEParser().error(text)
+
+
+def raised(error, *words):
+    raise error
 
 
 def test_lists_and_words_behind_a_telling_name():
@@ -75,6 +137,8 @@ def test_words_of_a_command():
     secret = "two words"
     given = ["fit", f"--data.token={secret}", "--password", secret, "--api_keys", f"['{secret}', '{secret}']", "-c"]
     assert redact_words(given) == ["fit", f"--data.token={MARK}", "--password", MARK, "--api_keys", MARK, "-c"]
+    for option in ("--data.api_keys+", "--x.secrets.0", "--x.secrets.of.b"):
+        assert redact_words([f"{option}={secret}", option, secret]) == [f"{option}={MARK}", option, MARK]
     given = ["--tokenizer", "gpt2", "--data.eos_token", "</s>", "--token", "--seed=1", f"x=s3://me:{SECRET}@host"]
     assert redact_words(given) == [*given[:-1], f"x=s3://{MARK}@host"]
 
@@ -102,6 +166,9 @@ def test_values_of_the_environment_are_found_anywhere(monkeypatch):
         "token: null\nuse_auth_token: false\npassword: None",
         "eos_token: </s>\nbos_token: <s>\npad_token: '[PAD]'",
         "batch_tokens: 16384\nstart_tokens:\n- 0",
+        "use_auth_token: false  # none is needed\n  x: 1",
+        "{token: null, seed: 1}",
+        '{\n  "token": null,\n  "seed": 1\n}',
         "tokenizer: meta-llama/Llama-2-7b-hf\npasskey_share: 0.35",
         "--data.batch_tokens 4096 --trainer.callbacks+=callbacks/passkey.yaml",
         "metric: passkey/1024",
@@ -114,6 +181,8 @@ def test_what_only_looks_like_a_credential_stays(text):
 
 
 def test_nested_values():
+    assert redact_all({"secrets": {"a": "x", "b": [{"c": "y"}]}, "n": {"a": "x"}}) == {
+        "secrets": {"a": MARK, "b": [{"c": MARK}]}, "n": {"a": "x"}}  # fmt: skip
     value = {"command": f"x --token {SECRET}", "n": 3, "list": [{"hf_token": "short"}, ("a", None)], "token": ["b", ""]}
     assert redact_all(value) == {
         "command": f"x --token {MARK}",
