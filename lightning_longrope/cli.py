@@ -47,7 +47,7 @@ from lightning_longrope.tracking import finish, hide_words, keep_wandb_id, log_c
 log = logging.getLogger("lightning_longrope")
 
 WRITING = ("fit", "search", "compare", "eval")
-"""Commands that keep their folder to themselves, where one is given; the others only measure."""
+"""Commands that keep their folder to themselves, where one is given; the others leave what a run keeps there alone."""
 
 
 class LongRoPETrainer(Trainer):
@@ -236,13 +236,24 @@ class LongRoPEParser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the configuration of a run, without credentials, in ``config.yaml`` of its root folder and in wandb."""
+    """Keeps the configuration of a run, without credentials, in ``config.yaml`` of its root folder and in wandb.
+
+    Args:
+        given: As in Lightning.
+        writes: Write the file too; else the folder may be that of another run.
+        named: As in Lightning.
+    """
+
+    def __init__(self, *given: Any, writes: bool = True, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.writes = writes
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         entries = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         config = yaml.safe_dump(redact_all(entries), sort_keys=False, allow_unicode=True, width=1 << 16)
-        write_text(Path(trainer.default_root_dir) / "config.yaml", config)
+        if self.writes:
+            write_text(Path(trainer.default_root_dir) / "config.yaml", config)
         log_config(trainer, config)
 
 
@@ -301,7 +312,8 @@ class LongRoPECLI(LightningCLI):
         check_resumed(config.get("ckpt_path"), config.get("weights_only"))
         if not self.check:
             self._enter(trainer.default_root_dir)
-            keep_wandb_id(trainer, trainer.default_root_dir, resumed=bool(config.get("ckpt_path")))
+            writes = self.save_config_kwargs["writes"] = self.subcommand in WRITING
+            keep_wandb_id(trainer, trainer.default_root_dir, bool(config.get("ckpt_path")), measuring=not writes)
         if str(trainer.precision).startswith("bf16") and not bf16_runs():
             log.info("This processor has no bf16: going on in float32 (trainer.precision=32-true).")
             trainer.precision = "32-true"

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +142,7 @@ def as_results(measurements: Iterable[Measurement], method: str = "model") -> Re
     return Results(Result(method, m.metric, m.length, m.depth, m.value, m.low, m.high, m.n) for m in measurements)
 
 
-def keep_wandb_id(config: Any, root: str | None, resumed: bool) -> None:
+def keep_wandb_id(config: Any, root: str | None, resumed: bool, measuring: bool = False) -> None:
     """Gives the wandb loggers of a configuration the id of their run folder, unless they have one.
 
     The id is read from ``wandb-id``, or made and written there. Where no folder is named the current one serves many
@@ -152,13 +152,14 @@ def keep_wandb_id(config: Any, root: str | None, resumed: bool) -> None:
         config: The ``trainer`` part of a LightningCLI configuration; ``id`` of its loggers is set in place.
         root: ``default_root_dir`` of the trainer, or None.
         resumed: Training goes on from a checkpoint.
+        measuring: The folder may be that of another run, which is alive: its id is left alone, and none is written.
     """
     path = Path(root or ".") / ID_FILE
     for logger in config.logger if isinstance(config.logger, list) else [config.logger]:
         settings = getattr(logger, "init_args", None)
         if settings is None or not str(logger.class_path).endswith("WandbLogger"):
             continue
-        if settings.get("id") is None and settings.get("version") is None:
+        if not measuring and settings.get("id") is None and settings.get("version") is None:
             settings["id"] = _kept_id(path, keep=root is not None or resumed)
         if root is not None and str(settings.get("save_dir")) == ".":
             settings["save_dir"] = root
@@ -173,21 +174,32 @@ def hide_words(trainer: Trainer) -> None:
         trainer: Its loggers are changed in place.
     """
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            begin = property(_with_words_hidden(type(logger).experiment))
-            logger.__class__ = type(type(logger).__name__, (type(logger),), {"experiment": begin})
+        if isinstance(logger, WandbLogger) and type(logger).__reduce_ex__ is not _by_its_class:
+            logger.__class__ = _hiding(type(logger))
 
 
-def _with_words_hidden(experiment: Any) -> Callable[[WandbLogger], Any]:
-    def begun(logger: WandbLogger) -> Any:
-        words = sys.argv
-        sys.argv = redact_words(words)
-        try:
-            return experiment.__get__(logger)
-        finally:
-            sys.argv = words
+def _hiding(kind: type[WandbLogger]) -> type[Any]:
+    return type(kind.__name__, (kind,), {"experiment": property(_begun), "__reduce_ex__": _by_its_class})
 
-    return begun
+
+def _begun(logger: WandbLogger) -> Any:
+    """The run of a logger whose class is one of ``_hiding``."""
+    words = sys.argv
+    sys.argv = redact_words(words)
+    try:
+        return super(type(logger), logger).experiment  # type: ignore[misc]
+    finally:
+        sys.argv = words
+
+
+def _by_its_class(logger: WandbLogger, _: Any) -> Any:
+    """What pickle keeps: the class that was there before, since the one of ``_hiding`` is in no module."""
+    return _hidden_again, (type(logger).__base__,), logger.__getstate__()
+
+
+def _hidden_again(kind: type[WandbLogger]) -> Any:
+    """An empty logger, for pickle to fill."""
+    return object.__new__(_hiding(kind))
 
 
 def _kept_id(path: Path, keep: bool) -> str | None:

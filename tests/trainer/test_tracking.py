@@ -1,13 +1,17 @@
 """What wandb gets, read back from the file that it keeps offline, and what other loggers get instead."""
 
 import base64
+import copy
 import csv
 import hashlib
 import json
+import pickle
 import shutil
 import struct
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -15,9 +19,11 @@ import yaml
 from helpers import LLAMA
 from jsonargparse import Namespace
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import WandbLogger
 
 from lightning_longrope.__main__ import main
-from lightning_longrope.tracking import finish, keep_wandb_id, log_search, log_search_result
+from lightning_longrope.locks import hold
+from lightning_longrope.tracking import finish, hide_words, keep_wandb_id, log_search, log_search_result
 
 wandb = pytest.importorskip("wandb")
 
@@ -304,6 +310,54 @@ def test_where_no_folder_is_named_only_resumed_training_takes_up_the_id(tmp_path
     assert given_id(root="run", version="mine") is None
     for logger in (True, False, None, []):
         keep_wandb_id(Namespace(logger=logger), "run", False)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_what_only_measures_leaves_what_a_run_keeps_in_its_folder(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "run"
+    run.mkdir()
+    content = stage(command, [], model={"init_args": {"config": MODEL}}, trainer={"limit_test_batches": 1})
+    content = json.loads(json.dumps(content).replace("{out}", str(tmp_path)))
+    del content["command"]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    words = [command, "-c", str(tmp_path / "c.yaml"), "--trainer.default_root_dir", str(run)]
+    assert main(words) == 0
+    assert {path.name for path in run.iterdir()} == {"wandb"}  # a run of its own
+    kept = {"config.yaml": "of: another", "wandb-id": "another1\n"}
+    for name, text in kept.items():
+        (run / name).write_text(text)
+    with hold(run / ".lock", run):
+        assert main(words) == 0
+    assert {name: (run / name).read_text() for name in kept} == kept
+    names = [path.name for path in run.rglob("run-*.wandb")]
+    assert len(set(names)) == 2
+    assert "run-another1.wandb" not in names
+
+
+class Listener(WandbLogger):
+    """Notes the words with which a run would begin."""
+
+    @property
+    def experiment(self):
+        self.__dict__.setdefault("heard", []).append(sys.argv)
+
+
+def test_loggers_with_hidden_words_reach_other_processes(monkeypatch):
+    words = ["longrope", "fit", "--data.token", "secret"]
+    monkeypatch.setattr("sys.argv", words)
+    logger = Listener(project="mine")
+    hide_words(SimpleNamespace(loggers=[logger]))
+    for _ in range(2):  # and from there to others
+        logger = pickle.loads(pickle.dumps(logger))
+    logger = copy.deepcopy(logger)
+    assert isinstance(logger, Listener)
+    assert logger.name == "mine"
+    heard = len(logger.heard)
+    assert logger.experiment is None
+    assert logger.heard[heard:] == [["longrope", "fit", "--data.token", "REDACTED"]]
+    assert sys.argv is words
 
 
 def test_only_the_first_rank_speaks():
