@@ -6,6 +6,7 @@ with the values that ``--short`` puts in place of others. ``{out}`` in any text 
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from typing import Any
 from lightning_longrope.reading import is_number, read_json_object, read_yaml
 
 STAGE_NAME = re.compile(r"\d+-[A-Za-z0-9_-]+\.yaml")
+log = logging.getLogger("lightning_longrope")
+
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 """Where the recipes of this package are: installed, and in a checkout."""
 
@@ -99,6 +102,16 @@ def _stage_files(folder: Path) -> list[Path]:
     return [path for path in folder.glob("*.yaml") if STAGE_NAME.fullmatch(path.name)]
 
 
+def recipe_folder(recipe: Path) -> Path:
+    """The folder that is meant: where there is none of that name, that of a recipe which comes with this package."""
+    if not recipe.exists():
+        for name, folder in shipped_recipes().items():
+            if str(recipe) in (name, f"configs/{name}"):
+                log.info("%s is the recipe that comes with the package: %s", recipe, folder)
+                return folder
+    return recipe
+
+
 def read_recipe(recipe: Path, out: Path, *, short: bool = False) -> list[Stage]:
     """The stages of a recipe in the order of their numbers.
 
@@ -111,12 +124,10 @@ def read_recipe(recipe: Path, out: Path, *, short: bool = False) -> list[Stage]:
     Raises:
         ValueError: If the folder is missing or holds no stage file.
     """
-    shipped = {} if recipe.exists() else shipped_recipes()
-    if recipe.parent.name in ("", "configs"):
-        recipe = shipped.get(recipe.name, recipe)
+    recipe = recipe_folder(recipe)
     paths = _stage_files(recipe)
     if not paths:
-        names = f" Recipes that come with the package: {', '.join(shipped)}." if shipped else ""
+        names = "" if recipe.exists() else f" Recipes that come with the package: {', '.join(shipped_recipes())}."
         raise ValueError(
             f"The recipe {recipe} must be a folder with stage files such as `1-search.yaml`, found none.{names}"
         )

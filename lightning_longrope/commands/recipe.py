@@ -31,7 +31,7 @@ from lightning_longrope.cli import LongRoPECLI, only_run
 from lightning_longrope.commands.export import CHECKPOINT, export_arguments, export_checkpoint
 from lightning_longrope.commands.parsing import Parser
 from lightning_longrope.files import write_json
-from lightning_longrope.recipes import Stage, from_model, read_recipe, with_seed
+from lightning_longrope.recipes import Stage, from_model, read_recipe, recipe_folder, with_seed
 from lightning_longrope.redaction import redact_all, redact_words
 
 log = logging.getLogger("lightning_longrope")
@@ -52,7 +52,8 @@ def run(command: str, arguments: list[str]) -> None:
     )
     given, overrides = parser.parse_known_args(arguments)
     out = given.out or Path("runs") / given.recipe.resolve().name
-    stages = read_recipe(given.recipe, out, short=given.short)
+    folder = recipe_folder(given.recipe)
+    stages = read_recipe(folder, out, short=given.short)
     stages = stages if given.model is None else from_model(stages, given.model)
     stages = stages if given.seed is None else [with_seed(stage, given.seed) for stage in stages]
     for stage in stages:
@@ -62,13 +63,16 @@ def run(command: str, arguments: list[str]) -> None:
     with only_run(out):
         if peers.current() is not None:
             _check_shared(out)
-        _run_all(out, given, shlex.join(redact_words(["longrope", command, *arguments])), stages, overrides)
+        _run_all(out, given, folder, shlex.join(redact_words(["longrope", command, *arguments])), stages, overrides)
 
 
-def _run_all(out: Path, given: argparse.Namespace, command: str, stages: list[Stage], overrides: list[str]) -> None:
+def _run_all(
+    out: Path, given: argparse.Namespace, folder: Path, command: str, stages: list[Stage], overrides: list[str]
+) -> None:
     """Runs what is not finished, and writes the report."""
     record = {
         "recipe": str(given.recipe),
+        "folder": str(folder.resolve()),
         "command": command,
         "seed": given.seed,
         "versions": {"python": platform.python_version(), "lightning_longrope": __version__}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_longrope.recipes import from_model, read_recipe, read_stage, with_seed
+from lightning_longrope.recipes import from_model, read_recipe, read_stage, recipe_folder, with_seed
 
 PRETRAIN = {
     "command": "fit",
@@ -78,6 +78,17 @@ def test_recipes_that_come_with_the_package_are_found_by_name_unless_there_is_su
     assert len(read_recipe(Path(name), tmp_path / "out")) == 3
     with pytest.raises(ValueError, match=r"found none\. Recipes that come with the package: .*quickstart, tiny-prog"):
         read_recipe(Path("quickly"), tmp_path / "out")
+
+
+def test_a_mistyped_path_is_no_recipe_of_the_package(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    for path in ("/nowhere/mine/configs/quickstart", "mine/configs/quickstart", "../quickstart", "/quickstart"):
+        with pytest.raises(ValueError, match=f"The recipe {path} must be a folder .* that come with the package"):
+            read_recipe(Path(path), tmp_path / "out")
+    with caplog.at_level("INFO", "lightning_longrope"):
+        folder = recipe_folder(Path("configs/quickstart"))
+    assert (folder / "1-pretrain.yaml").is_file()
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [str(folder)]
 
 
 def test_a_changed_configuration_has_another_digest(recipe, tmp_path):
