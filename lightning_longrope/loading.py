@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -146,7 +146,8 @@ def _whole_model(name_or_path: str, **options: Any) -> PreTrainedModel:
     model, found = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     lacking = sorted(weights.intersection(found["missing_keys"]))
-    lists = {_in_list(name) for name in weights} - {None}  # a vision tower and old buffers may be left out
+    # Of the lists of layers in the model: a vision tower may be left out, and the buffers of old versions.
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     lost = sorted(name for name in found["unexpected_keys"] if _in_list(name) in lists)
     for what, names in (("lack", lacking), ("hold, beyond what config.json describes,", lost)):
         if names:

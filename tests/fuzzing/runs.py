@@ -104,7 +104,7 @@ def judge_table(columns: Callable[[Any], list[list[str]]]) -> Callable[[bytes, A
 
 def _number(text: str) -> Any:
     try:
-        return repr(float(text))
+        return repr(float(text) + 0.0)  # -0 and 0 are one number
     except ValueError:
         return text
 

@@ -1,6 +1,7 @@
 """Models with sliding windows and models that were extended before, held against transformers' own."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -206,6 +207,13 @@ def test_a_model_that_would_be_another_than_its_files_is_refused(saved, change, 
     folder = saved(**change)
     with pytest.raises(ValueError, match=message):
         load_model(folder)
+
+
+def test_a_config_without_layers_is_none_of_files_that_have_some(saved):
+    path = saved() / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 0, "layer_types": None}))
+    with pytest.raises(ValueError, match="hold, beyond what config.json describes"):
+        load_model(path.parent)
 
 
 def test_the_loss_of_another_process_is_not_blamed_on_the_folder(saved, monkeypatch):
