@@ -69,7 +69,7 @@ def loss_of(side: str, layer: Any) -> Callable[[Any, Any], Any]:
 
     def ours(hidden: Any, tokens: Any) -> Any:
         head = output_head(model)
-        nll, count = LOSSES[side](hidden[:-1], head, tokens[1:], None, head.tokens_at_a_time(hidden.device))
+        nll, count = LOSSES[side](hidden[:-1], head, tokens[1:], None, head.tokens_at_a_time)
         return nll / count
 
     return huggingface if side == "huggingface" else ours

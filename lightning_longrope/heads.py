@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-LOGITS_AT_A_TIME = {"cpu": 1 << 25, "cuda": 1 << 27}
-"""Most logits of a training step that exist at a time: 128 MiB in float32 on a CPU, 512 MiB on a GPU."""
+LOGITS_AT_A_TIME = 1 << 25
+"""Most logits of a training step that exist at a time: 128 MiB in float32, about what Liger takes of a 7B."""
 
 Head = Callable[[Tensor], Tensor]
 """Maps hidden states [n, H] to logits [n, V]."""
@@ -92,9 +92,10 @@ class OutputHead:
         """Whether ZeRO stage 3 gathers weights for layers inside the output layer, when these are called."""
         return any(hasattr(p, "ds_id") for child in self.module.children() for p in child.parameters())
 
-    def tokens_at_a_time(self, device: torch.device) -> int:
-        """Tokens of a training step whose logits should exist at a time on a kind of device."""
-        return max(1, LOGITS_AT_A_TIME.get(device.type, LOGITS_AT_A_TIME["cuda"]) // self.vocabulary)
+    @property
+    def tokens_at_a_time(self) -> int:
+        """Tokens of a training step whose logits should exist at a time."""
+        return max(1, LOGITS_AT_A_TIME // self.vocabulary)
 
 
 class HeadLogits:

@@ -193,7 +193,7 @@ class LongRoPEModule(LightningModule):
         hidden, head = self.hidden_states(batch), output_head(self.model)
         weights = self.predicted(batch["weights"], 0).flatten() if "weights" in batch else None
         labels = self.predicted(batch["labels"], -100).flatten()
-        chunk = head.tokens_at_a_time(hidden.device)
+        chunk = head.tokens_at_a_time
         nll, count = LOSSES[self.loss_name](hidden.flatten(0, 1), head, labels, weights, chunk)
         total_nll, total = self._over_ranks(torch.stack([nll.detach(), count]))
         total = torch.where(total > 0, total, 1)  # no label anywhere: no loss
@@ -241,7 +241,7 @@ class LongRoPEModule(LightningModule):
         with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled again for these shapes
             hidden = self.hidden_states(batch)
         head = output_head(self.model)
-        nll = token_nll(hidden.flatten(0, 1), head, labels, head.tokens_at_a_time(hidden.device))
+        nll = token_nll(hidden.flatten(0, 1), head, labels, head.tokens_at_a_time)
         self.perplexity.update(nll.double().sum(), (labels != -100).sum())
         self.log("val_perplexity", self.perplexity, prog_bar=True, batch_size=len(batch["labels"]))
 

@@ -138,6 +138,8 @@ def _content(path: Path, out: Path) -> Any:
         return [head, *(_untimed(row) for row in rows)]
     if path.suffix == ".ckpt":
         saved = torch.load(path, weights_only=True)
+        # Counts validations, and those behind the last checkpoint come again after a kill, as steps do.
+        saved.get("loops", {}).get("fit_loop", {}).pop("epoch_loop.val_loop.batch_progress", None)
         return {key: _plain(value) for key, value in saved.items() if key != "callbacks"}
     if path.suffix == ".json":
         return _untimed(json.loads(path.read_text().replace(str(out), "{out}")))

@@ -69,7 +69,7 @@ def trained(folder, strategy, name, loss):
 
 
 def on_every_strategy(folder):
-    heads.LOGITS_AT_A_TIME["cpu"] = 5 * LLAMA["vocab_size"]  # chunks of 5 tokens
+    heads.LOGITS_AT_A_TIME = 5 * LLAMA["vocab_size"]  # chunks of 5 tokens
     for strategy in STRATEGIES:
         for name in MODELS:
             for loss in LOSSES:
