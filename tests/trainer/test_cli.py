@@ -92,6 +92,7 @@ def test_a_recipe_leaves_everything_a_run_folder_holds(finished):
     record = json.loads((out / "run.json").read_text())
     assert [(s["name"], s["status"]) for s in record["stages"]] == [(name, "finished") for name in STAGES]
     assert record["seed"] == 3
+    assert record["recipe"] == record["folder"] == str(finished / "small")
     assert (out / "report.html").stat().st_size > 10_000
 
 
