@@ -294,7 +294,7 @@ def plot(lengths: Curves, corpus: Curves, ranks: list[Row], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(13.5, 4.6), layout="constrained", width_ratios=(1, 1.15, 0.75))
+    figure, panels = pyplot.subplots(1, 3, figsize=(13.5, 5.4), layout="constrained", width_ratios=(1, 1.15, 0.75))
     for axes, curves, name in zip(
         panels, (lengths, corpus), ("tokens of a row", "documents of the corpus"), strict=False
     ):
@@ -305,7 +305,7 @@ def plot(lengths: Curves, corpus: Curves, ranks: list[Row], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="processor seconds")
         axes.set_xticks(sizes := [size for size, _ in points], [f"{size:,}" for size in sizes])
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     wall = [row for row in ranks if row.unit == "s" and "wall" in row.name]
     names = [row.name.split(",")[0] for row in wall]
     panels[2].bar(names, [row.ratio for row in wall], width=0.5, color="#1768ac")
