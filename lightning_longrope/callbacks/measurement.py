@@ -170,10 +170,15 @@ class MeasuringCallback(Callback, ABC):
         return results
 
     def _measure_and_log(self, trainer: Trainer, module: LightningModule) -> None:
-        for found in self.measure(trainer, module):
-            if found.depth is None:
-                # Every rank has the same value; its mean is the value, and Lightning asks for the mean.
-                module.log(f"{found.metric}/{found.length}", found.value, sync_dist=True)
+        means = {f"{one.metric}/{one.length}": one.value for one in self.measure(trainer, module) if one.depth is None}
+        training = trainer.training
+        for name, value in means.items():
+            # Every rank has the same value; its mean is the value, and Lightning asks for the mean.
+            module.log(name, value, sync_dist=True, logger=False if training else None)
+        # Between steps Lightning would hold the values back until it logs next, which a run that ends may not live to
+        # see, and log them with every step from then on.
+        for logger in trainer.loggers if training and means else ():
+            logger.log_metrics(means, step=trainer.global_step - 1)
         tracking.log_results(trainer, type(self).__name__, tracking.as_results(self.results))
 
     @override

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import zipfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +88,13 @@ def check_same(out: Path, uncut: Path) -> None:
 
 
 def logged(folder: Path) -> dict[tuple[str, int], str]:
-    """Every value that a ``CSVLogger`` was given but for speeds, by its name and step; the last, where it was again.
-
-    Lightning logs a measurement with every further step until there is another, in one session: that says nothing.
-    """
+    """Every value that a ``CSVLogger`` was given but for speeds, by its name and step; the last, where it was again."""
     found: dict[tuple[str, int], str] = {}
     for path in sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1])):
         for row in csv.DictReader(path.read_text().splitlines()):
             values = {name: value for name, value in row.items() if value and "throughput" not in name}
             found |= {(name, int(row["step"])): value for name, value in values.items()}
-    before = {now: found[earlier] for earlier, now in pairwise(sorted(found)) if earlier[0] == now[0]}
-    return {key: value for key, value in found.items() if before.get(key) != value}
+    return found
 
 
 def steps_again(out: Path) -> int:

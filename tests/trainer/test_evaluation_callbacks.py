@@ -1,5 +1,6 @@
 """Evaluation callbacks under a real trainer, with models whose right numbers are known beforehand."""
 
+import csv
 import inspect
 import math
 import random
@@ -18,6 +19,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import Precision
 from small_tokenizers import byte_level, decode
 
@@ -259,6 +261,24 @@ def test_training_is_bit_for_bit_the_same_with_and_without(tmp_path, when):
     assert all(torch.equal(weights[name], plain[name]) for name in plain)
     assert torch.equal(torch_state, plain_torch_state)
     assert state == plain_state
+
+
+def test_what_is_measured_between_steps_is_logged_at_once_and_once(tmp_path):
+    class Ends(Callback):
+        def on_train_batch_end(self, trainer, *rest):
+            if trainer.global_step == 4:
+                raise KeyboardInterrupt
+
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    measuring = KINDS["perplexity"](every_n_steps=2)
+    trainer = trainer_with(tmp_path, measuring, Ends(), logger=logger, log_every_n_steps=3, limit_val_batches=0)
+    with pytest.raises(SystemExit):
+        trainer.fit(Module(Repeater(reach=10)), datamodule=Data())
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
+    names = {name for name in rows[0] if name.startswith("perplexity/")}
+    assert names
+    assert [row["step"] for row in rows if all(row[name] for name in names)] == ["1", "3"]
+    assert [row["step"] for row in rows if any(row[name] for name in names)] == ["1", "3"]
 
 
 def attached(tmp_path, callback, module, **kwargs):
