@@ -179,6 +179,7 @@ class MeasuringCallback(Callback, ABC):
         # see, and log them with every step from then on.
         for logger in trainer.loggers if training and means else ():
             logger.log_metrics(means, step=trainer.global_step - 1)
+            logger.save()  # before a checkpoint behind which nobody measures it again
         tracking.log_results(trainer, type(self).__name__, tracking.as_results(self.results))
 
     @override
