@@ -17,7 +17,7 @@ import yaml
 import lightning_longrope
 
 ROOT = Path(lightning_longrope.__file__).parents[1]
-FURTHER = ("losses", "lora", "memory", "metrics", "model", "objectives", "optimizers", "rope")
+FURTHER = ("heads", "losses", "lora", "memory", "metrics", "model", "objectives", "optimizers", "rope")
 """Modules without ``__all__`` whose public names are for users."""
 MENTIONED = {
     "callbacks": ("callbacks.retrieval.RetrievalCallback",),

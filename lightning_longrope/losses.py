@@ -4,8 +4,7 @@ The logits of one 128k-token row take 62.6 GiB in float32 at a vocabulary of 128
 cross entropy run over chunks of tokens. Training has a choice of what becomes of a chunk:
 
     checkpointed   its logits are computed again in the backward pass
-    fused          the forward pass makes its gradients too, of hidden states and head, and forgets the logits; in
-                   float16 it is the one above
+    fused          its gradients are made in the forward pass, which forgets the logits; in float16 the one above
     liger          the same in one kernel of Liger (arXiv:2410.10989), for plain output layers on a GPU
 
 Shapes: N tokens, H hidden size, V vocabulary. Losses are in nats.
