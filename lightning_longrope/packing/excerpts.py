@@ -5,6 +5,9 @@ from numpy.typing import NDArray
 
 from lightning_longrope.packing.documents import Documents
 
+SHUFFLED = 1 << 17
+"""Most documents that are shuffled to draw some: of more, whose shuffle leaves the caches, a few are drawn alone."""
+
 
 def excerpts(documents: Documents, count: int, length: int, *, bos: int | None, seed: int = 0) -> NDArray[np.int64]:
     """Cuts ``count`` excerpts of ``length`` tokens that do not overlap, [count, length] int64.
@@ -45,7 +48,10 @@ def _shares(
     """How many excerpts each document gives, [documents] int64."""
     shares = np.zeros(len(lengths), np.int64)
     long_enough = np.flatnonzero(places)
-    shares[rng.permutation(long_enough)[:count]] = 1
+    if len(long_enough) <= max(SHUFFLED, count):
+        shares[rng.permutation(long_enough)[:count]] = 1
+    else:
+        shares[rng.choice(long_enough, count, replace=False, shuffle=False)] = 1
     for _ in range(count - int(shares.sum())):
         left = np.where(shares < places, lengths - shares * body, -1)
         shares[left.argmax()] += 1

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_longrope.packing import IGNORED, ConcatRows, Documents, excerpts
+from lightning_longrope.packing.excerpts import SHUFFLED
 
 BOS, EOS, FIRST = 0, 1, 10  # text tokens count up from FIRST: each is unique, so a lost or doubled one shows
 
@@ -186,6 +187,18 @@ def test_excerpts_start_at_random_places_and_only_the_longest_documents_give_mor
     assert len(starts) > 20
     more = excerpts(packed, 5, 11, bos=BOS)[:, 1]
     assert Counter((more >= FIRST + 300).tolist()) == {False: 3, True: 2}
+
+
+def test_excerpts_of_very_many_documents_are_drawn_evenly_from_all():
+    count = SHUFFLED + 1000
+    tokens, numbers = np.arange(count, dtype=np.uint32), np.arange(count)
+    packed = Documents(tokens, numbers, np.ones(count, np.int64))
+    first, again, other = (excerpts(packed, 400, 1, bos=None, seed=seed)[:, 0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert len(set(first.tolist())) == 400
+    assert len(set(first.tolist()) & set(other.tolist())) < 10
+    even = np.abs(np.sort(first) / count - (np.arange(400) + 0.5) / 400).max()
+    assert even < 1.95 / 400**0.5  # Kolmogorov's bound, which chance exceeds once in a thousand
 
 
 def test_a_memory_map_travels_to_a_worker_by_its_path(tmp_path):
