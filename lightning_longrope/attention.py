@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
@@ -69,22 +69,31 @@ def probing(model: Any) -> Iterator[bool]:
         Whether the result has the precision of a half type.
     """
     device, config = model.get_input_embeddings().weight.device.type, model.config
-    kernel, modes = config._attn_implementation, [(module, module.training) for module in model.modules()]
+    kernel = config._attn_implementation
     types = {p.dtype for p in model.parameters()}
     flash = kernel is not None and ("flash" in kernel or kernel.startswith("fa"))
     autocast = len(types) > 1 or (flash and device != "cpu" and torch.float32 in types)
     half = torch.autocast(device, torch.bfloat16) if autocast else nullcontext()
-    model.eval()
     if flash and device == "cpu":
         config._attn_implementation_internal = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
     try:
-        with torch.no_grad(), half:
+        with evaluating(model), torch.no_grad(), half:
             yield autocast or types != {torch.float32}
     finally:
         if flash and device == "cpu":
             config._attn_implementation_internal = kernel
-        for module, training in modes:
-            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; the mode of every part as it was afterwards."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def is_long(queries: int, keys: int) -> bool:

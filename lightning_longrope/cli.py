@@ -34,7 +34,7 @@ from lightning_longrope.callbacks.save_on_stop import SaveOnStop
 from lightning_longrope.checkpoints import check_resumable, choose_accelerator, put_back_all
 from lightning_longrope.files import naming, write_text
 from lightning_longrope.locks import hold
-from lightning_longrope.model import installed_factors, rope_geometry, window
+from lightning_longrope.model import installed_factors, installed_tables, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.reading import check_yaml
 from lightning_longrope.redaction import redact, redact_all
@@ -108,7 +108,9 @@ class LongRoPETrainer(Trainer):
         tables |= {name: given.for_length for name, given in loaded.items()}
         folder = Path(self.default_root_dir) / "eval"
         models = {name: _version(path) for name, path in {"": model.name_or_path, **(tuned or {})}.items()}
-        parts = folder / f"methods-{settings_digest([*measuring, datamodule], target_length, models, loaded)}"
+        numbers = [self.precision, model.dtype_name, model.attn_implementation, original, installed_tables(model.model)]
+        settings = settings_digest([*measuring, datamodule], target_length, models, loaded, numbers)
+        parts = folder / f"methods-{settings}"
         self._compare(model, datamodule, MethodComparison(tables, measuring, parts))
         for name, path in (tuned or {}).items():
             other = LongRoPEModule(path, attn_implementation=model.attn_implementation, dtype=model.dtype_name)

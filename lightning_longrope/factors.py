@@ -208,7 +208,7 @@ class RescaleFactors:
         with blaming(f"Cannot read rescale factors from {path}"):
             factors = _parse(read_entries(path), original_length, target_length)
         if monotone:
-            _check_monotone(factors.values, path)
+            check_monotone(factors.values, path)
         return factors
 
     @classmethod
@@ -439,8 +439,12 @@ def _check_known(name: str, known: int, given: int | None) -> None:
         raise ValueError(f"`{name}` is {known} in the file, but {given} was given: leave the argument out.")
 
 
-def _check_monotone(values: tuple[float, ...], path: Path) -> None:
-    """Refuses factors that decrease from one pair to the next."""
+def check_monotone(values: tuple[float, ...], path: Path) -> None:
+    """Refuses factors that decrease from one pair to the next.
+
+    Raises:
+        ValueError: Naming the file and the pair.
+    """
     for index, (before, after) in enumerate(zip(values, values[1:], strict=False)):
         if after < before:
             raise ValueError(

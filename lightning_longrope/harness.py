@@ -8,6 +8,7 @@ Needs the extra ``lm-eval``, which is imported where it is used.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lightning_longrope.isolation import fit_for_long_rows
 from lightning_longrope.metrics import Measurement
+from lightning_longrope.model import table_of_length
 from lightning_longrope.scoring import continuation_scores
 
 if TYPE_CHECKING:
@@ -211,7 +213,7 @@ def log_likelihoods(
     for number, (context, continuation) in enumerate(requests):
         rows.setdefault(tuple([*context, *continuation][-max_length - 1 : -1]), []).append(number)
     found = torch.zeros(len(requests), 2, dtype=torch.float64)
-    for batch, counts in ranks.share(_batches(list(rows), batch_tokens)):
+    for batch, counts in ranks.share(_batches(model, list(rows), batch_tokens)):
         asked = [(place, number) for place, row in enumerate(batch) for number in rows[row]]
         nll, right = continuation_scores(model, batch, [(place, requests[number][1]) for place, number in asked])
         if counts:
@@ -219,13 +221,15 @@ def log_likelihoods(
     return [(value, bool(right)) for value, right in ranks.sum(found).tolist()]
 
 
-def _batches(rows: Sequence[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
-    """Rows by falling length, as many together as fit with their padding."""
+def _batches(model: Any, rows: Sequence[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
+    """Rows by falling length, as many together as fit with their padding and are read with the same table."""
     batches: list[list[tuple[int, ...]]] = []
-    for row in sorted(rows, key=len, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(row)
+    for _, alike in groupby(sorted(rows, key=len, reverse=True), lambda row: table_of_length(model, len(row))):
+        batches.append([])
+        for row in alike:
+            if batches[-1] and (len(batches[-1]) + 1) * len(batches[-1][0]) > batch_tokens:
+                batches.append([])
+            batches[-1].append(row)
     return batches
 
 

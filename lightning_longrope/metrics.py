@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,11 @@ class _Ratio(Metric):
         super().__init__(**kwargs)
         self.add_state("above", default=torch.zeros((), dtype=above_dtype), dist_reduce_fx="sum")
         self.add_state("below", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    @override
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        # `.to(bfloat16)`, by which Lightning makes a module half, moves the sums and must not round them
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), *args, **kwargs)
 
     def _add(self, above: Tensor, below: Tensor) -> None:
         # not in place: a validation leaves sums made in inference mode, which no training may write to

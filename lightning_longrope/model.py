@@ -16,14 +16,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lightning_longrope.attention import probing
+from lightning_longrope.attention import evaluating, probing
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.generating import follow_tables
 from lightning_longrope.geometry import RopeGeometry, rope_geometry, rope_parameters
 from lightning_longrope.heads import OutputHead
 from lightning_longrope.isolation import Stretches, fit_for_long_rows, isolated_documents, plain_rows
 from lightning_longrope.long_rows import in_parts
-from lightning_longrope.rotary import RescaledRotary
+from lightning_longrope.rotary import RescaledRotary, forgetting
 from lightning_longrope.sequence_parallel import sequence_group, shared_rows
 from lightning_longrope.sliding import say_reach
 from lightning_longrope.tables import LengthTables, tables_in_force
@@ -31,6 +31,7 @@ from lightning_longrope.tables import LengthTables, tables_in_force
 __all__ = [
     "RopeGeometry",
     "candidate_rows",
+    "evaluating",
     "hidden_states",
     "install_factors",
     "installed_factors",
@@ -40,6 +41,7 @@ __all__ = [
     "probe_logits",
     "rope_geometry",
     "table_for",
+    "table_of_length",
     "window",
 ]
 
@@ -88,6 +90,12 @@ def installed_factors(model: PreTrainedModel) -> RescaleFactors | None:
     """The factors last installed in a model, or None; of several tables that of the whole window."""
     tables = installed_tables(model)
     return tables.longest if tables else None
+
+
+def table_of_length(model: PreTrainedModel, length: int) -> int | None:
+    """Target length of the table with which a row of ``length`` tokens is read; None where all rows share one."""
+    tables = installed_tables(model) or tables_in_force(model.config)
+    return tables.for_length(length).target_length if tables else None
 
 
 def window(model: PreTrainedModel) -> int:
@@ -224,7 +232,7 @@ def probe_logits(model: PreTrainedModel, position_ids: Tensor) -> Tensor:
     input_ids = (torch.arange(position_ids.shape[1], device=device)[None] * 7919 + 1) % vocabulary
     # the mask is what tells transformers that jumps in the positions are not borders of documents
     mask = torch.ones_like(input_ids)
-    with probing(model):
+    with probing(model), forgetting(_rotary_owner(model).rotary_emb):
         output = model(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
         return output.logits.clone()
 

@@ -105,8 +105,8 @@ class Objective:
             tokenizer: Tokenizer of the model, where ``needs_tokenizer``.
             seed: Seed of the keys.
         """
-        place = torch.arange(length) / length
-        weights = torch.where(place >= 0.875, self.end_weight, 1.0) * (place >= self.text_from)
+        place = torch.arange(length, dtype=torch.float32) / length  # not in the type of the run, which may be half
+        weights = torch.where(place >= 0.875, place.new_tensor(self.end_weight), 1.0) * (place >= self.text_from)
         if not self.answer:
             return [SearchDocument(text[:length], text=weights) for text in texts]
         rows, (low, high) = [], self.needle_depths
@@ -165,10 +165,14 @@ def search_documents(
     """The rows of an objective, checked.
 
     Raises:
-        ValueError: If there are no texts, one is too short, or a row has another length.
+        ValueError: If there are no texts, one is no row of tokens or too short, or a row has another length.
     """
     if not texts:
         raise ValueError("The search needs at least one document, got none.")
+    for text in texts:
+        if not (isinstance(text, Tensor) and text.dtype == torch.int64 and text.ndim == 1):
+            got = f"{text.dtype} {tuple(text.shape)}" if isinstance(text, Tensor) else type(text).__name__
+            raise ValueError(f"Search documents are 1-D int64 tensors of tokens, got {got}.")
     if short := [len(text) for text in texts if len(text) < length]:
         raise ValueError(f"Search documents need at least {length} tokens (the target length), got {short}.")
     rows = objective.documents(texts, length, tokenizer, seed)

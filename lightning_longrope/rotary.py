@@ -151,12 +151,26 @@ def _single(table: Tensor) -> Tensor:
     return table[..., : table.shape[-1] // 2]
 
 
+@contextmanager
+def forgetting(rotary: nn.Module) -> Iterator[None]:
+    """Lets a rotary module forget what it reads inside: a ``dynamic`` one keeps the longest position it has seen."""
+    module = rotary.stock if isinstance(rotary, RescaledRotary) else rotary
+    attributes, buffers = dict(vars(module)), dict(module._buffers)
+    try:
+        yield
+    finally:
+        vars(module).clear()
+        vars(module).update(attributes)
+        module._buffers.clear()
+        module._buffers.update(buffers)
+
+
 def rotary_output(rotary: nn.Module, position_ids: Tensor) -> Any:
     """Float32 cos and sin for full-attention layers, of a model's rotary module or one that keeps it as ``stock``."""
     x = torch.zeros(len(position_ids), position_ids.shape[1], 1, device=position_ids.device)
     stock = getattr(rotary, "stock", rotary)
     layered = isinstance(getattr(stock, "rope_type", None), dict)
-    with torch.no_grad():
+    with torch.no_grad(), forgetting(rotary):
         return rotary(x, position_ids, LAYER_TYPE) if layered else rotary(x, position_ids)
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.losses import token_nll as flat_token_nll
-from lightning_longrope.model import candidate_rows, hidden_states, output_head
+from lightning_longrope.model import candidate_rows, hidden_states, output_head, table_of_length
 from lightning_longrope.objectives import Objective, SearchDocument
 from lightning_longrope.onednn import fast_linear
 from lightning_longrope.sequence_parallel import sequence_group
@@ -45,8 +45,8 @@ def token_nll(model: Any, input_ids: Tensor, last: int | None = None) -> Tensor:
 
     Args:
         model: A Hugging Face causal language model.
-        input_ids: Tokens, [B, S] int64, on the device of the model. No padding, but at the end of rows: a token sees
-            none after it.
+        input_ids: Tokens, [B, S] int64, on the device of the model. No padding, but at the end of rows, which no token
+            before it sees; with tables by length none at all, since the longest row chooses the table of a padded one.
         last: Only that many tokens at the end of each row go through the output head; all S - 1 if None.
 
     Returns:
@@ -90,7 +90,8 @@ def continuation_scores(
 ) -> tuple[Tensor, Tensor]:
     """Nll of texts after a beginning, and whether greedy decoding would give them, in one forward pass.
 
-    Rows of different lengths share the pass: they are padded at the end, where no token sees the padding. Only
+    Rows of different lengths share the pass: they are padded at the end, where no token sees the padding. A model with
+    tables by length reads padded rows with the table of the longest, so rows must be of lengths that share one. Only
     positions that predict go through the output head.
 
     Args:
@@ -100,7 +101,13 @@ def continuation_scores(
 
     Returns:
         The nll of each continuation in nats, [N] float64, and whether all its tokens are the likeliest, [N] bool.
+
+    Raises:
+        ValueError: If the model reads rows of such lengths with several tables.
     """
+    if len({table_of_length(model, len(row)) for row in rows}) > 1:
+        lengths = sorted({len(row) for row in rows})
+        raise ValueError(f"Rows of {lengths} tokens are read with several tables: score them in passes of their own.")
     device = next(model.parameters()).device
     padded = [torch.tensor(row, device=device) for row in rows]
     hidden = _hidden(model, torch.nn.utils.rnn.pad_sequence(padded, batch_first=True))

@@ -65,7 +65,13 @@ def search_task(
     Raises:
         ValueError: If the target is within the model's window without ``recovery``, or there is nothing to multiply.
     """
-    geometry, installed = rope_geometry(model.config), _starting_point(model)
+    geometry, installed = rope_geometry(model.config), starting_point(model)
+    if installed is not None and installed_factors(model) is None:
+        log.info(
+            "%s comes with %s factors: pretrained on %d tokens, extended to %d.",
+            *(type(model).__name__, rope_parameters(model.config)["rope_type"]),
+            *(installed.original_length, installed.target_length),
+        )
     say_reach(model, target_length)
     if multiply is None:
         multiply = not recovery and installed is not None and target_length > installed.target_length
@@ -108,17 +114,11 @@ def search_task(
     return SearchTask(space, formulas, base)
 
 
-def _starting_point(model: Any) -> RescaleFactors | None:
+def starting_point(model: Any) -> RescaleFactors | None:
     """The factors installed in a model, or those with which it comes; None for a plain pretrained one."""
     installed, own = installed_factors(model), tables_in_force(model.config)
     if installed is not None:
         return None if installed.is_identity else installed
-    if own is not None:
-        log.info(
-            "%s comes with %s factors: pretrained on %d tokens, extended to %d.",
-            *(type(model).__name__, rope_parameters(model.config)["rope_type"]),
-            *(own.longest.original_length, own.longest.target_length),
-        )
     return own.longest if own else None
 
 

@@ -22,7 +22,7 @@ from lightning_longrope.evaluating import Evaluator, Race, SingleWorker, Workers
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_json
 from lightning_longrope.fingerprints import document_digests, joint_digest, model_digest, tokenizer_digest
-from lightning_longrope.model import installed_factors
+from lightning_longrope.model import evaluating
 from lightning_longrope.objectives import (
     Objective,
     ObjectiveName,
@@ -44,7 +44,7 @@ from lightning_longrope.search import (
 from lightning_longrope.search.journal import strict_json
 from lightning_longrope.search.judgement import HeldOut, judge
 from lightning_longrope.search.schedule import DocumentSchedule, Stages
-from lightning_longrope.search_task import SearchTask, search_task
+from lightning_longrope.search_task import SearchTask, search_task, starting_point
 
 log = logging.getLogger(__name__)
 
@@ -164,11 +164,15 @@ def search_factors(
     Raises:
         ValueError: If the target is not longer than the model's window, a document is too short, an objective
             lacks its tokenizer, ``folder`` holds another search, a held-out document is one of the search's, or
-            memory suffices for no candidate, or ``schedule`` does not grow towards all documents.
+            memory suffices for no candidate, ``schedule`` does not grow towards all documents, or ``algorithm`` does
+            not search the ``start_tokens`` given.
     """
-    installed = installed_factors(model)
-    between = recovery and installed is not None and not installed.is_identity
-    algorithm = algorithm or (RecoverySearch() if between else RampSearch())
+    algorithm = algorithm or (RecoverySearch() if recovery and starting_point(model) else RampSearch())
+    if len(set(start_tokens or ())) > 1 and not algorithm.searches_start_tokens:
+        raise ValueError(
+            f"`start_tokens` allows {tuple(start_tokens or ())}, and {type(algorithm).__name__} searches none: give one"
+            " number, or take EvolutionSearch."
+        )
     task = search_task(
         model,
         target_length,
@@ -382,7 +386,16 @@ def _check_disjoint(texts: Sequence[Tensor], judged: Sequence[Tensor], length: i
 
 def _result(task: SearchTask, search: _Search, best: Any) -> SearchResult:
     run, score = search.run, search.algorithm.best[1]
-    return SearchResult(task.table(best), score, run.evaluations, run.forwards, search.evaluator.history)
+    better = {name: value for name, value in run.baselines.items() if value < score}
+    if better:
+        log.warning(
+            "The best candidate scored %.4f nats, %s on the same documents: more evaluations may find a better one.",
+            score,
+            " and ".join(f"{name} {value:.4f}" for name, value in better.items()),
+        )
+    return SearchResult(
+        task.table(best), score, run.evaluations, run.forwards, search.evaluator.history, dict(run.baselines)
+    )
 
 
 def _judge(task: SearchTask, winner: RescaleFactors, evaluator: Evaluator) -> HeldOut:
@@ -415,11 +428,7 @@ def _array(score: Score) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; mode and random state as they were afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(enabled=True):
-            yield
-    finally:
-        model.train(training)
+    """Evaluation mode inside; modes and random state as they were afterwards."""
+    device = next(model.parameters()).device
+    with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

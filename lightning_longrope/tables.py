@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_longrope.factors import RescaleFactors, factors_file, read_entries, write_entries
+from lightning_longrope.factors import RescaleFactors, check_monotone, factors_file, read_entries, write_entries
 from lightning_longrope.geometry import config_fields, rope_parameters
 from lightning_longrope.reading import blaming
 
@@ -132,7 +132,10 @@ def _tables_in(path: Path, monotone: bool) -> list[RescaleFactors]:
         data = read_entries(path)
         if isinstance(data, str) or "values" in data:
             return [longest]
-        return list(LengthTables.from_dict(data).tables) if "tables" in data else _of_config(data, longest)
+        tables = list(LengthTables.from_dict(data).tables) if "tables" in data else _of_config(data, longest)
+    for table in tables if monotone else ():
+        check_monotone(table.values, path)
+    return tables
 
 
 def tables_in_force(config: Any) -> LengthTables | None:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -141,6 +142,8 @@ class FactorSearch(Callback):
         length = self.target_length or self._own_length(module, datamodule)
         folder = Path(trainer.default_root_dir) / ("search_short" if self.recovery else "search")
         texts = datamodule.excerpts("validation", self.documents + self.held_out, length, self.seed)
+        # excerpts come in the order of the documents, and sources of text often lie one behind the other
+        texts = texts[np.random.default_rng(self.seed).permutation(len(texts))]
         with trainer.precision_plugin.val_step_context(), SearchDisplay(trainer) as show:
             self.result = search_factors(
                 module.model,

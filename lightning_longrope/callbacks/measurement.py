@@ -23,10 +23,11 @@ from typing_extensions import override
 
 from lightning_longrope import tracking
 from lightning_longrope.callbacks.save_on_stop import stop_if_asked
+from lightning_longrope.callbacks.throughput import untimed
 from lightning_longrope.callbacks.workers import TrainerWorkers
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean
-from lightning_longrope.model import install_factors
+from lightning_longrope.model import evaluating, install_factors
 
 __all__ = ["Measurement", "MeasuringCallback", "TableAt", "text_of", "untraced"]
 
@@ -170,7 +171,9 @@ class MeasuringCallback(Callback, ABC):
         return results
 
     def _measure_and_log(self, trainer: Trainer, module: LightningModule) -> None:
-        means = {f"{one.metric}/{one.length}": one.value for one in self.measure(trainer, module) if one.depth is None}
+        with untimed(trainer):
+            found = self.measure(trainer, module)
+        means = {f"{one.metric}/{one.length}": one.value for one in found if one.depth is None}
         training = trainer.training
         for name, value in means.items():
             # Every rank has the same value; its mean is the value, and Lightning asks for the mean.
@@ -237,11 +240,5 @@ def _as_it_is(length: int) -> None:
 @contextmanager
 def untraced(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Eval mode, no gradients, the precision of validation steps; every mode and random state as before at the end."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), isolate_rng(), trainer.precision_plugin.val_step_context():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
+    with evaluating(module), torch.no_grad(), isolate_rng(), trainer.precision_plugin.val_step_context():
+        yield

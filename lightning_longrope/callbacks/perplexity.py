@@ -18,7 +18,8 @@ class PerplexityByLength(MeasuringCallback):
     """Measures how well the model predicts text when it sees windows of a given length.
 
     Excerpts of the longest length are cut into windows that do not overlap, for each length anew, so every length is
-    judged on the same text. A window begins with BOS where there is one and sees nothing before it; the first token of
+    judged on the same text, but for what is left over at the end of an excerpt where a length does not divide the
+    longest. A window begins with BOS where there is one and sees nothing before it; the first token of
     its text is not predicted. Does not slide: tokens early in a window have little context and count as much as late
     ones; the last tokens have a number of their own.
 

@@ -77,7 +77,8 @@ class PrefixPerplexity(MeasuringCallback):
     @override
     def measure_lengths(self, trainer: Trainer, module: LightningModule, lengths: Sequence[int]) -> list[Measurement]:
         longest = max(lengths)
-        edges = torch.linspace(self._given, longest, min(self.buckets, longest - self._given) + 1).round().long()
+        count = min(self.buckets, longest - self._given) + 1
+        edges = torch.linspace(self._given, longest, count, dtype=torch.float64).round().long()  # not in the run's type
         borders = torch.cat([torch.tensor(lengths), edges]).unique()  # of parts that lie wholly in or out of a prefix
         parts = self._part_sums(trainer, module, longest, borders.tolist())
         until = torch.nn.functional.pad(parts.cumsum(1), (1, 0))  # nll before each border

@@ -100,7 +100,8 @@ class RetrievalCallback(MeasuringCallback):
         self._tokenizer = datamodule.tokenizer
         self._prompts = self.make_prompts(datamodule)
         for length in lengths:
-            self._prompts.prompt(length, self.depths[0], trial=0)  # too short, or too little text: fails now
+            for trial in range(self.trials):  # too short, or too little text for one of them: fails now
+                self._prompts.prompt(length, self.depths[0], trial)
 
     @override
     def measure_length(self, trainer: Trainer, module: LightningModule, length: int) -> list[Measurement]:

@@ -7,7 +7,8 @@ device is waited for when a report is due.
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -36,7 +37,7 @@ class Throughput(Callback):
     and whenever Lightning logs, each time of the steps since its last report.
 
     ``throughput/tokens_per_second`` counts the tokens of all ranks: rows that ranks share once, padding not at all.
-    Searches and validations are no part of its time; reading data and saving checkpoints are.
+    Searches, validations and measurements are no part of its time; reading data and saving checkpoints are.
 
     ``throughput/mfu`` is the share of the devices' peak that the model's own operations take: a forward pass and twice
     that for the gradients of all weights, with attention within each document where documents are isolated. What is
@@ -89,6 +90,20 @@ class Throughput(Callback):
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and between_steps:
             _wait(trainer.strategy.root_device)
             self._paused_at = perf_counter()
+
+    @contextmanager
+    def paused(self, device: torch.device) -> Iterator[None]:
+        """Leaves what is done inside out of the time of the steps."""
+        if self._began is None or self._paused_at is not None:  # nothing is timed now
+            yield
+            return
+        _wait(device)
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            _wait(device)
+            self._paused_since += perf_counter() - begin
 
     @override
     def on_train_batch_end(
@@ -148,6 +163,16 @@ class Throughput(Callback):
             return None
         weights = getattr(getattr(module, "model", None), "dtype", dtype)
         return peak_flops(device, weights if dtype == torch.float32 else dtype)
+
+
+@contextmanager
+def untimed(trainer: Trainer) -> Iterator[None]:
+    """Leaves what is done inside out of the throughput that a trainer's callback shows, if it has one."""
+    with ExitStack() as stack:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput):
+                stack.enter_context(callback.paused(trainer.strategy.root_device))
+        yield
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -39,7 +39,7 @@ class TrainerWorkers:
         """Whether this rank is the first of its worker, the one that counts in a sum."""
         if self.world_size == self._trainer.world_size:
             return True
-        own = torch.zeros(self._trainer.world_size)
+        own = torch.zeros(self._trainer.world_size, dtype=torch.float64)
         own[self._trainer.global_rank] = self.rank
         return bool(self._reduce(own).tolist().index(self.rank) == self._trainer.global_rank)
 

@@ -98,7 +98,8 @@ class PasskeyPrompts:
     @cached_property
     def _key_tokens(self) -> int:
         """Tokens of the longest key; looks at 1,000 of the 90,000, since real tokenizers merge digits."""
-        return max(len(self._key(key)) for key in range(LOWEST_KEY, HIGHEST_KEY + 1, 90))
+        keys = [f" {key}" for key in range(LOWEST_KEY, HIGHEST_KEY + 1, 90)]
+        return max(map(len, self._pieces.encode_all_after(QUESTION.strip(), keys)))
 
     @property
     def shortest(self) -> int:

@@ -33,8 +33,9 @@ class SearchResult:
         factors: The best factors.
         score: Their score, lower is better.
         evaluations: Number of candidates scored.
-        forwards: Number of forward passes that took.
+        forwards: Number of (candidate, document) pairs scored, baselines included; several may share a forward pass.
         history: One mapping per evaluation, as in the journal.
+        baselines: Scores of the published tables on the same documents, by name.
         held_out: Score on documents the search has not seen, beside the baselines; None where there were none.
     """
 
@@ -43,6 +44,7 @@ class SearchResult:
     evaluations: int
     forwards: int
     history: list[dict[str, Any]] = field(default_factory=list)
+    baselines: dict[str, float] = field(default_factory=dict)
     held_out: HeldOut | None = None
 
 
@@ -68,6 +70,11 @@ class SearchAlgorithm(ABC):
     def kept(self) -> int:
         """How many of the best candidates the next generation is made from; a race may drop what is worse."""
         return 16
+
+    @property
+    def searches_start_tokens(self) -> bool:
+        """Whether candidates differ in start tokens where the space allows several; else all have the fewest."""
+        return True
 
     @property
     def survivors(self) -> list[Candidate]:

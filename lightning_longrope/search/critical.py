@@ -51,8 +51,18 @@ class LongRoPE2Search(EvolutionSearch):
             raise ValueError(f"`periods` must be at least 1, got {periods}.")
         self.periods = periods
 
+    @property
+    @override
+    def searches_start_tokens(self) -> bool:
+        return False
+
     @override
     def adapt(self, space: SearchSpace) -> SearchSpace:
+        if space.warm_start is not None:
+            raise ValueError(
+                "LongRoPE2Search starts from the theoretical critical pair and takes no `warm_start`: leave it out, or"
+                " take another algorithm."
+            )
         fewest = (min(space.start_tokens),)
         return replace(space, max_factor=2 * space.scale, min_factor=1.0, pinned=0, start_tokens=fewest, monotone=True)
 

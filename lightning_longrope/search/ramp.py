@@ -60,7 +60,8 @@ class Ramp:
 class RampSearch(SearchAlgorithm):
     """CMA-ES over the three numbers of a ramp, then evolution if the budget leaves room for it.
 
-    Asks for YaRN's own ramp first, so under its own objective it never ends worse than that.
+    Asks for YaRN's own ramp first, so it never ends worse than that with the attention factor of the space; YaRN as
+    published has another one. Ramps take the fewest start tokens allowed: only the evolution searches them.
 
     Args:
         max_evaluations: Budget when the run names none.
@@ -96,6 +97,11 @@ class RampSearch(SearchAlgorithm):
         self.crossovers = crossovers
         self.block_share = block_share
         self.probability = probability
+
+    @property
+    @override
+    def searches_start_tokens(self) -> bool:
+        return self.ramp_share < 1
 
     @property
     @override

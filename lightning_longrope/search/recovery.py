@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from lightning_longrope.search.algorithm import Generations, SearchAlgorithm
 from lightning_longrope.search.evolution import check_counts
@@ -33,6 +34,11 @@ class RecoverySearch(SearchAlgorithm):
         check_counts(least=3, generation=generation)
         self.max_evaluations = max_evaluations
         self.generation_size = generation
+
+    @property
+    @override
+    def searches_start_tokens(self) -> bool:
+        return False
 
     def _generations(self) -> Generations:
         if self.space.warm_start is None:

@@ -39,6 +39,11 @@ class SmoothSearch(SearchAlgorithm):
 
     @property
     @override
+    def searches_start_tokens(self) -> bool:
+        return False
+
+    @property
+    @override
     def survivors(self) -> list[Candidate]:
         return super().survivors[:SURVIVORS]
 

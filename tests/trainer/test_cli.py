@@ -253,6 +253,28 @@ def test_a_target_within_the_window_is_refused_before_anything_runs(finished, tm
     assert "`target_length` (64) must be longer" in one_line(capfd)
 
 
+def test_methods_are_measured_again_where_what_decides_their_numbers_has_changed(finished, tmp_path):
+    shutil.copytree(finished / "out" / "1-pretrain", tmp_path / "out" / "1-pretrain")
+    stage = yaml.safe_load((finished / "small" / "4-evaluate.yaml").read_text())
+    del stage["tuned"], stage["factors"]
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(stage))
+
+    def perplexity(*words):
+        assert main(["compare", "-c", str(tmp_path / "compare.yaml"), "--out", str(tmp_path / "out"), *words]) == 0
+        (path,) = (tmp_path / "out").rglob("results.csv")
+        with path.open() as file:
+            rows = [row for row in csv.DictReader(file) if row["metric"] == "perplexity" and row["length"] == "128"]
+        return {row["method"]: row["value"] for row in rows}
+
+    first = perplexity()
+    shorter = perplexity("--model.original_length", "32")
+    assert shorter["none"] == first["none"]
+    assert shorter["yarn"] != first["yarn"]
+    assert perplexity("--model.dtype", "bfloat16")["none"] != first["none"]
+    assert perplexity() == first
+    assert len(list((tmp_path / "out").rglob("methods-*"))) == 3
+
+
 def test_a_misspelt_key_in_the_last_stage_stops_the_recipe_before_the_first(tmp_path, capfd):
     stages = {"1-pretrain": STAGES["1-pretrain"], "5-export": {**STAGES["5-export"], "tokeniser": "x"}}
     assert main(["run", str(write(tmp_path / "r", stages)), "--out", str(tmp_path / "out")]) == 2

@@ -16,7 +16,7 @@ from small_tokenizers import TEXT, byte_level
 
 from lightning_longrope import RescaleFactors, export_model, install_factors, load_model, scoring
 from lightning_longrope.__main__ import main
-from lightning_longrope.harness import harness_model, measurements, run_tasks
+from lightning_longrope.harness import Ranks, harness_model, log_likelihoods, measurements, run_tasks
 from lightning_longrope.scoring import continuation_scores
 
 pytest.importorskip("lm_eval")
@@ -143,6 +143,22 @@ def test_continuations_of_rows_of_different_lengths_agree_with_the_stock_forward
         assert hit == bool((found.argmax(-1) == chosen).all())
     assert right[1]
     assert not right.all()
+
+
+def test_rows_are_scored_with_the_tables_of_their_own_lengths():
+    model, generator = tiny_llama(initializer_range=0.2), torch.Generator().manual_seed(3)
+    short, long = (RescaleFactors(tuple(1 + k * i for i in range(8)), 32, n) for k, n in ((0.2, 32), (2.0, 128)))
+    texts = [torch.randint(96, (size,), generator=generator).tolist() for size in (100, 9, 34, 32, 60)]
+    requests = [(text[:-3], text[-3:]) for text in texts]
+    expected = []
+    for text in texts:
+        install_factors(model, short if len(text) - 1 <= 32 else long)
+        expected.append(log_likelihoods(model, [(text[:-3], text[-3:])], 128, 10_000, Ranks())[0][0])
+    install_factors(model, [short, long])
+    found = [value for value, _ in log_likelihoods(model, requests, 128, 10_000, Ranks())]
+    assert found == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match=r"Rows of \[31, 33\] tokens are read with several tables"):
+        continuation_scores(model, [[1] * 31, [1] * 33], [(0, [2]), (1, [3])])
 
 
 def test_numbers_of_ruler_go_to_their_lengths():

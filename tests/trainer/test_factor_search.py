@@ -7,11 +7,12 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 
 from lightning_longrope import LongRoPEModule, RescaleFactors
-from lightning_longrope.callbacks import FactorSearch
+from lightning_longrope.callbacks import FactorSearch, factor_search
 from lightning_longrope.cli import LongRoPETrainer
 from lightning_longrope.lora import LoRA
 from lightning_longrope.model import install_factors, installed_factors
 from lightning_longrope.search import RampSearch
+from lightning_longrope.searching import search_factors
 
 
 class Rows(LightningDataModule):
@@ -149,3 +150,22 @@ def test_a_search_on_no_documents_is_refused_in_one_line():
 def test_a_datamodule_without_excerpts_is_refused_in_setup(tmp_path):
     with pytest.raises(ValueError, match="needs a datamodule with `excerpts`"):
         trainer(tmp_path, search()).fit(module(), random_loader(), random_loader())
+
+
+def test_documents_of_the_judgement_come_from_anywhere_in_the_corpus(tmp_path, monkeypatch):
+    class InOrder(Rows):
+        def excerpts(self, split, count, length, seed=0):
+            return torch.arange(count)[:, None].expand(count, length).contiguous()
+
+    def noted(model, texts, *words, **options):
+        orders.append([int(text[0]) for text in texts])
+        return search_factors(model, texts, *words, **options)
+
+    orders = []
+    monkeypatch.setattr(factor_search, "search_factors", noted)
+    for seed in (0, 1):
+        callback = FactorSearch(documents=20, held_out=10, objective="perplexity", max_evaluations=1, seed=seed)
+        trainer(tmp_path / str(seed), callback, max_steps=1).fit(module(), datamodule=InOrder())
+    assert [sorted(order) for order in orders] == [list(range(30))] * 2
+    assert orders[0] != orders[1]
+    assert all(min(order[20:]) < 10 and max(order[:20]) > 25 for order in orders)

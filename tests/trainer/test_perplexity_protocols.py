@@ -138,6 +138,21 @@ def test_every_prefix_comes_from_one_forward(tmp_path, bos):
         assert part.low <= part.nll <= part.high
 
 
+def test_parts_of_a_window_are_the_same_in_every_precision(tmp_path):
+    def parts(precision):
+        callback = PrefixPerplexity((259,), documents=2, buckets=7)
+        trainer_with(tmp_path, callback, precision=precision).validate(
+            Module(tiny_llama(vocab_size=720)), datamodule=Data(), verbose=False
+        )
+        return [(part.start, part.end) for part in callback.positions]
+
+    assert (
+        parts("bf16-true")
+        == parts("32-true")
+        == [(round(2 + i * 257 / 7), round(2 + (i + 1) * 257 / 7)) for i in range(7)]
+    )
+
+
 def test_lengths_with_factors_of_their_own_have_forwards_of_their_own(tmp_path):
     shape = {"rotary_size": 16, "base": 10_000.0, "original_length": 32}
     short, long = (RescaleFactors.ntk(**shape, target_length=length) for length in (64, 128))

@@ -202,6 +202,21 @@ def test_text_is_read_once_for_all_callbacks(tmp_path):
     assert asked == ["validation"]
 
 
+def test_a_trial_that_cannot_be_written_is_named_before_anything_runs(tmp_path):
+    module, data = Module(Repeater(9)), Data()
+    for name, words in (("long", 200), ("short", 3)):
+        (tmp_path / f"{name}.txt").write_text(f"The {name} one\n\n" + "grass " * words)
+    files = tuple(str(tmp_path / f"{name}.txt") for name in ("long", "short"))
+    wordy = Needle("Everyone knows that " + "and so on " * 40 + "it is 7316.", "it is", "7316")
+    for callback, message in (
+        (DocumentQuestion((230,), files), "'The short one' has"),
+        (NeedleRetrieval((230,), (*NEEDLES, wordy), trials=3), "needs at least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_with(tmp_path, callback).validate(module, datamodule=data, verbose=False)
+    assert module.model.seen == []
+
+
 def test_a_file_that_cannot_be_read_is_named_before_anything_runs(tmp_path, caplog):
     module = Module(Repeater(9))
     with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match=r"Cannot read the document .*missing\.txt"):

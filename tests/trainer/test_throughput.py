@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig
 
 from lightning_longrope import LongRoPEModule
-from lightning_longrope.callbacks import Throughput, throughput
+from lightning_longrope.callbacks import Measurement, MeasuringCallback, Throughput, throughput
 from lightning_longrope.sizes import model_size
 from lightning_longrope.strategies import LongContextDDPStrategy
 
@@ -96,6 +96,37 @@ def test_tokens_hours_and_memory_of_a_run_with_pauses(clock, tmp_path):
         rows = [row for row in csv.DictReader(file) if row["throughput/tokens_per_second"]]
     assert {float(row["throughput/tokens_per_second"]) for row in rows} == {24.0}
     assert len(rows) >= 5
+
+
+class Measures(MeasuringCallback):
+    """Takes its time."""
+
+    def __init__(self, clock, **when):
+        super().__init__((8,), **when)
+        self.clock, self.times = clock, 0
+
+    def connect(self, trainer):
+        self._resolved = self.lengths
+
+    def prepare(self, datamodule, lengths):
+        raise AssertionError("nothing to prepare")
+
+    def measure_length(self, trainer, module, length):
+        self.clock.now += 300
+        self.times += 1
+        return [Measurement("found", length, None, 1.0, 1.0, 1.0, n=1)]
+
+
+def test_measurements_between_steps_are_no_part_of_the_time(clock, tmp_path):
+    seen = Seen(clock)
+    between, behind = Measures(clock, every_n_steps=3), Measures(clock, every_n_epochs=1)
+    trainer = Trainer(
+        max_steps=12, log_every_n_steps=1, callbacks=[seen, between, behind], default_root_dir=tmp_path,
+        enable_checkpointing=False, limit_val_batches=0, **QUIET,
+    )  # fmt: skip
+    trainer.fit(Slow(clock), train_dataloaders=random_loader(8))
+    assert (between.times, behind.times) == (4, 3)
+    assert seen.values("tokens_per_second") == [2 * 24 / 2.0] * 11
 
 
 def test_hours_left_after_resuming_are_at_the_speed_of_now(clock, tmp_path):

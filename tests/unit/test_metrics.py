@@ -71,11 +71,14 @@ def test_sums_keep_what_float32_and_int32_lose():
     assert metric.compute().item() == pytest.approx(expected, rel=1e-14)
 
 
-@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "to"])
 def test_sums_stay_float64_in_a_module_of_low_precision(cast):
     module = LightningModule()
     module.metric = Perplexity()
-    getattr(module, cast)()
+    module.metric.update(torch.tensor(1e-9), 0)
+    getattr(module, cast)(*[torch.bfloat16] * (cast == "to"))
+    assert module.metric.above.item() == torch.tensor(1e-9).double().item()  # nor is rounded what was there
+    module.metric.reset()
     module.metric.update(torch.tensor([1.0, 2.0], dtype=torch.bfloat16), 2)
     assert module.metric.above.dtype == torch.float64
     assert module.metric.compute().item() == pytest.approx(math.exp(1.5), rel=1e-12)

@@ -206,6 +206,16 @@ def test_install_disturbs_neither_training_mode_nor_randomness_nor_gradients():
     assert not hasattr(model.config, "rescale_factors")
 
 
+def test_factors_that_come_and_go_leave_a_dynamic_rope_as_it_was():
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model, fresh = (_model(rope_parameters=dynamic) for _ in range(2))
+    pairs = rope_geometry(model.config).pairs
+    install_factors(model, RescaleFactors(tuple(1 + i for i in range(pairs)), L, 8 * L))
+    install_factors(model, RescaleFactors((1.0,) * pairs, L, L))
+    tokens = _tokens(1, L + 40)
+    assert torch.equal(_logits(model, tokens), _logits(fresh, tokens))
+
+
 def test_casting_the_model_does_not_round_the_tables():
     model, exact = _model(), _model()
     install_factors(exact, _factors(exact))

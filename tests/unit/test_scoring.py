@@ -122,7 +122,13 @@ def test_greedy_matches_is_what_generation_would_say(model):
 
 
 @pytest.mark.parametrize(
-    ("texts", "message"), [([], "at least one"), ([torch.zeros(10), torch.zeros(9)], "at least 10 .*got \\[9\\]")]
+    ("texts", "message"),
+    [
+        ([], "at least one"),
+        ([torch.zeros(size, dtype=torch.int64) for size in (10, 9)], "at least 10 .*got \\[9\\]"),
+        ([[1] * 10], "1-D int64 tensors of tokens, got list"),
+        ([torch.zeros(2, 10)], "got torch.float32 \\(2, 10\\)"),
+    ],
 )
 def test_documents_that_cannot_be_searched_on_are_refused(texts, message):
     with pytest.raises(ValueError, match=message):

@@ -105,6 +105,13 @@ def test_a_recovery_of_a_model_that_was_not_extended_has_nothing_to_go_towards()
     assert [row["values"] for row in found.history] == [row["values"] for row in ramps.history]
 
 
+def test_a_recovery_of_a_model_that_comes_extended_goes_towards_its_own_table():
+    scaled = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    model = tiny_llama(max_position_embeddings=128, rope_parameters=scaled)
+    found = search_factors(model, texts(2, 32), 32, max_evaluations=3, recovery=True)
+    assert {row["origin"] for row in found.history if ":" not in row["origin"]} == {"between"}
+
+
 def test_a_recovery_finds_the_shares_that_were_hidden():
     space = SearchSpace(
         rotary_size=64, base=1e4, original_length=128, target_length=128, max_factor=8.0, pinned=4,

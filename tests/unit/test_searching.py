@@ -9,7 +9,8 @@ from helpers import tiny_llama
 
 from lightning_longrope import evaluating, score_book
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.search import EvolutionSearch, RampSearch, SmoothSearch
+from lightning_longrope.objectives import Objective
+from lightning_longrope.search import EvolutionSearch, LongRoPE2Search, RampSearch, SmoothSearch
 from lightning_longrope.searching import search_factors
 
 LENGTH = 64
@@ -43,15 +44,18 @@ def test_the_best_is_the_lowest_score_and_beats_or_meets_every_other(texts, make
     best = min(searched, key=lambda row: row["score"])
     assert list(result.factors.values) == best["values"]
     assert [row["origin"] for row in result.history[:3]] == ["baseline:linear", "baseline:ntk", "baseline:yarn"]
+    assert list(result.baselines.values()) == [row["score"] for row in result.history[:3]]
     assert len({(tuple(r["values"]), r["start_tokens"]) for r in searched}) == len(searched)
 
 
 def test_a_search_leaves_no_trace(texts):
     model = tiny_llama().train()
+    model.model.layers[0].eval()  # a part that somebody has frozen
+    modes = [part.training for part in model.modules()]
     rotary, before = model.model.rotary_emb, {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     search_factors(model, texts, LENGTH, max_evaluations=4)
-    assert model.training
+    assert [part.training for part in model.modules()] == modes
     assert model.model.rotary_emb is rotary
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -145,3 +149,35 @@ def test_candidates_that_overflow_lose_and_the_search_goes_on(texts, tmp_path, m
     again = search_factors(tiny_llama(), texts, LENGTH, max_evaluations=20, folder=tmp_path)
     assert [row["status"] for row in again.history] == statuses
     assert again.factors == result.factors
+
+
+def test_a_result_behind_a_published_table_is_said(texts, caplog):
+    steep = {"pinned": 7, "max_evaluations": 1}  # leaves no room to win
+    found = [search_factors(tiny_llama(seed), texts, LENGTH, seed=1, **steep) for seed in range(4)]
+    behind = [result for result in found if min(result.baselines.values()) < result.score]
+    assert 0 < len(behind) == sum("on the same documents" in message for message in caplog.messages)
+
+
+def test_an_objective_weighs_tokens_alike_in_every_precision(texts):
+    objective, rows = Objective(answer=0.0, end_weight=1.3, text_from=0.3), [torch.zeros(4096, dtype=torch.int64)]
+    (expected,) = objective.documents(rows, 4096)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does around a forward of `bf16-true`
+    try:
+        (row,) = objective.documents(rows, 4096)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(row.counted, expected.counted)
+    assert (row.counted == torch.tensor(1.3).double()).sum() == 512
+    assert row.counted.count_nonzero() == 4096 - math.ceil(0.3 * 4096)
+
+
+def test_settings_that_an_algorithm_does_not_know_are_refused(texts):
+    several = {"start_tokens": (0, 4)}
+    for algorithm in (None, RampSearch(), SmoothSearch(), LongRoPE2Search()):
+        with pytest.raises(ValueError, match="searches none: give one number"):
+            search_factors(tiny_llama(), texts, LENGTH, algorithm=algorithm, **several)
+    result = search_factors(tiny_llama(), texts, LENGTH, algorithm=small_evolution(), max_evaluations=12, **several)
+    assert {row["start_tokens"] for row in result.history[3:]} == {0, 4}
+    warm = {"warm_start": RescaleFactors((1.0,) * 7 + (1.5,), 32, 48)}
+    with pytest.raises(ValueError, match="takes no `warm_start`"):
+        search_factors(tiny_llama(), texts, LENGTH, algorithm=LongRoPE2Search(), space=warm)

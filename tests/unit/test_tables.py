@@ -174,3 +174,11 @@ def test_none_among_files_stands_for_the_pretrained_rope_within_its_window(tmp_p
     assert tables.for_length(L).is_identity
     assert tables.tables[1:] == (MIDDLE, LONG)
     assert LengthTables.load(tmp_path / "long.json").lengths == (4 * L,)
+
+
+def test_no_table_of_a_file_may_decrease_unless_it_is_meant(tmp_path):
+    falling = RescaleFactors((1.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0), L, L)
+    LengthTables((falling, LONG)).save(tmp_path / "tables.json")
+    with pytest.raises(ValueError, match=r"decrease from 3\.0 \(pair 1\) to 2\.0"):
+        LengthTables.load(tmp_path / "tables.json")
+    assert LengthTables.load(tmp_path / "tables.json", monotone=False).tables == (falling, LONG)
