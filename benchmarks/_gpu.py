@@ -122,8 +122,8 @@ def training(plan: Plan, ours: Any, stock: Any, tokens: Tensor) -> Iterator[Row]
         if model is stock:
             model(tokens, labels=tokens, use_cache=False).loss.backward()
             return
-        hidden = hidden_states(model, tokens)[:, :-1].flatten(0, 1)
-        nll, count = LOSSES["fused"](hidden, output_head(model), tokens[:, 1:].flatten())
+        hidden, head = hidden_states(model, tokens)[:, :-1].flatten(0, 1), output_head(model)
+        nll, count = LOSSES["fused"](hidden, head, tokens[:, 1:].flatten(), None, head.tokens_at_a_time)
         (nll / count).backward()
 
     what = f"2 layers, training step, {tokens.shape[1]:,} tokens"
@@ -151,7 +151,7 @@ def one_layer(plan: Plan, model: Any, length: int) -> Iterator[Row]:
         yield Row(layer_name(length), layer.seconds, None, "s", layer.seconds)
         hidden = torch.zeros(1, length, plan.fields["hidden_size"], dtype=torch.bfloat16, device=plan.device)
         head, labels = output_head(model), tokens.flatten()
-        end = measured(plan, lambda: flat_token_nll(hidden.flatten(0, 1), head, labels))
+        end = measured(plan, lambda: flat_token_nll(hidden.flatten(0, 1), head, labels, head.tokens_at_a_time))
     yield Row(head_name(length), end.seconds, None, "s", end.seconds)
     if plan.gpu:
         free, total = torch.cuda.mem_get_info()

@@ -142,7 +142,7 @@ def _with_right_kernels(
         raise ValueError(
             f"No attention kernel of torch that is right for rows of {query.shape[2]:,} tokens takes"
             f" {_name(query.dtype)} with heads of {query.shape[-1]}{' and a dense mask' if mask is not None else ''}."
-            " Flash and cuDNN take half types (`trainer.precision: bf16-true`) with heads of up to 256 and no mask; or"
+            " Flash and cuDNN take half types (`trainer.precision: bf16-mixed`) with heads of up to 256 and no mask; or"
             " choose `attn_implementation: flash_attention_2`."
         ) from error
 

@@ -30,7 +30,8 @@ class StopAtNan(Callback):
     the loss leaves such steps out, which is no failure unless it does so ``SKIPPED_STEPS`` times in a row.
 
     On a processor the weights stay what they were before the step. On an accelerator the norm is read a step later, so
-    that nobody waits for it, and in any case before a checkpoint is written: what is broken then is in memory only.
+    that nobody waits for it here, and in any case before a checkpoint is written: what is broken then is in memory
+    only.
     ``LongRoPEModule`` brings this callback with it.
 
     It does not stop a run whose loss grows and stays finite.

@@ -147,6 +147,11 @@ class LongRoPEModule(LightningModule):
                 "Lightning's DeepSpeedStrategy divides accumulated gradients twice, rounds rotary tables and empties"
                 " random weights under stage 3: use LongContextDeepSpeedStrategy (lightning_longrope.strategies)."
             )
+        if self.device_mesh is not None and self.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                "`tensor_parallel_size` above 1 (by default all devices of a node) would repeat the same rows on them,"
+                " since LongRoPEModule has no plan for tensors: use LongContextFSDP2Strategy, or set it to 1."
+            )
 
     def _install(self, factors: str | list[str] | dict[str, Any]) -> None:
         if isinstance(factors, dict):
@@ -177,10 +182,21 @@ class LongRoPEModule(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
+        self._warn_of_half_weights()
         if self.loss_name == "liger":
             check_liger(output_head(self.model), self.device)
         if self.compile_layers:
             compile_decoder_layers(self.model)
+
+    def _warn_of_half_weights(self) -> None:
+        """Says that small updates are lost where the weights that are trained have no float32 copy."""
+        types = {p.dtype for p in self.model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+        if types and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            log.warning(
+                "Weights are trained in %s, which rounds updates below a 256th of a weight away: at a learning rate of"
+                " 2e-5 most of them. Set `model.dtype: float32` and `trainer.precision: bf16-mixed`.",
+                " and ".join(sorted(str(one).removeprefix("torch.") for one in types)),
+            )
 
     @override
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -190,6 +206,12 @@ class LongRoPEModule(LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean nll over the labels of a batch on all ranks, in nats.
+
+        Labels weigh alike within a batch, whichever rank holds them. Batches that ``accumulate_grad_batches`` adds up
+        weigh the same each, however many labels they have; where these differ much (answers of conversations), take a
+        larger ``batch_size`` instead.
+        """
         hidden, head = self.hidden_states(batch), output_head(self.model)
         weights = self.predicted(batch["weights"], 0).flatten() if "weights" in batch else None
         labels = self.predicted(batch["labels"], -100).flatten()
@@ -264,7 +286,7 @@ class LongRoPEModule(LightningModule):
     @override
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         optimizer = self.optimizer(self.parameter_groups())
-        scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override

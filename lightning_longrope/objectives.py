@@ -171,8 +171,8 @@ def search_documents(
         raise ValueError("The search needs at least one document, got none.")
     for text in texts:
         if not (isinstance(text, Tensor) and text.dtype == torch.int64 and text.ndim == 1):
-            got = f"{text.dtype} {tuple(text.shape)}" if isinstance(text, Tensor) else type(text).__name__
-            raise ValueError(f"Search documents are 1-D int64 tensors of tokens, got {got}.")
+            kind = f"{text.dtype} {tuple(text.shape)}" if isinstance(text, Tensor) else type(text).__name__
+            raise ValueError(f"Search documents are 1-D int64 tensors of tokens, got {kind}.")
     if short := [len(text) for text in texts if len(text) < length]:
         raise ValueError(f"Search documents need at least {length} tokens (the target length), got {short}.")
     rows = objective.documents(texts, length, tokenizer, seed)

@@ -1,5 +1,6 @@
 """Optimizers and schedules that one ``LongRoPEModule`` needs and torch does not have as one object."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,9 @@ import torch
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
+
+ENDLESS = ("constant", "constant_with_warmup")
+"""Schedules that take no last step."""
 
 
 class MuonAdamW(Optimizer):
@@ -69,16 +73,15 @@ class MuonAdamW(Optimizer):
         self._share_state()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """State of both parts, in the form of one optimizer."""
-        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict`` gave."""
-        for part, name in zip(self._parts, ("muon", "adamw"), strict=True):
-            part.load_state_dict(state_dict[name])
-        self.param_groups = self._muon.param_groups + self._adamw.param_groups
-        self._share_state()
+        """Loads what ``state_dict`` gave, the state of both parts in the form of one optimizer."""
+        super().load_state_dict(state_dict)
+        matrices = len(self._muon.param_groups)
+        for part, groups in zip(self._parts, (self.param_groups[:matrices], self.param_groups[matrices:]), strict=True):
+            part.param_groups = groups
+            own = [parameter for group in groups for parameter in group["params"] if parameter in self.state]
+            part.state.clear()
+            part.state.update({parameter: self.state[parameter] for parameter in own})
 
     def _share_state(self) -> None:
         self.state.update(chain.from_iterable(part.state.items() for part in self._parts))
@@ -107,9 +110,19 @@ class Schedule:
         if not 0 <= self.warmup_start <= 1:
             raise ValueError(f"`schedule.warmup_start` is a share of the rate, from 0 to 1, got {self.warmup_start}.")
 
-    def build(self, optimizer: Optimizer, total_steps: int) -> Any:
-        """The scheduler for a run of ``total_steps`` optimizer steps."""
-        scheduler = get_scheduler(self.name, optimizer, self.warmup_steps, total_steps, self.options)
+    def build(self, optimizer: Optimizer, total_steps: float) -> Any:
+        """The scheduler for a run of ``total_steps`` optimizer steps, inf for one without a last step.
+
+        Raises:
+            ValueError: If the rate depends on how many steps there are, and nobody knows.
+        """
+        if math.isinf(total_steps) and self.name not in ENDLESS:
+            raise ValueError(
+                f"The schedule {self.name!r} needs to know the last step: set trainer.max_steps or trainer.max_epochs,"
+                f" or take {' or '.join(ENDLESS)}."
+            )
+        steps = None if math.isinf(total_steps) else int(total_steps)
+        scheduler = get_scheduler(self.name, optimizer, self.warmup_steps, steps, self.options)
         if not self.warmup_start:
             return scheduler
         return LambdaLR(optimizer, [partial(self._raised, share=share) for share in scheduler.lr_lambdas])

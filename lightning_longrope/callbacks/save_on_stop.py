@@ -166,11 +166,23 @@ def _save(trainer: Trainer) -> str:
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint) and saver.save_last]
     for saver in savers:
         if saver._last_global_step_saved != trainer.global_step:
-            saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
+            _save_last(trainer, saver)
     if not savers:
         return f"Step {trainer.global_step} was not saved: no ModelCheckpoint has `save_last: true`."
     places = ", ".join(str(Path(saver.last_model_path)) for saver in savers)
     return f"Step {trainer.global_step} is saved in {places}: `longrope run` goes on from it, `fit` with --ckpt_path."
+
+
+def _save_last(trainer: Trainer, saver: ModelCheckpoint) -> None:
+    """Saves the state as it is now, also where the last checkpoint is to be a link to an earlier one."""
+    keeps, saver.save_last = saver.save_last, True
+    if trainer.is_global_zero and saver.last_model_path and Path(saver.last_model_path).is_symlink():
+        Path(saver.last_model_path).unlink()  # else the checkpoint it leads to would be overwritten
+    trainer.strategy.barrier()
+    try:
+        saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
+    finally:
+        saver.save_last = keeps
 
 
 def _pass_on(trainer: Trainer, number: int, frame: FrameType | None = None) -> None:

@@ -1,8 +1,8 @@
 """How fast training goes, how much of the devices it uses, and when it will be done.
 
 Lightning's ``ThroughputMonitor`` waits for the device after every batch, takes all batches to be alike and knows
-neither shared rows nor padding; of it we use the table of peaks. Here a step costs a few numbers on the CPU, and the
-device is waited for when a report is due.
+neither shared rows nor padding; of it we use the table of peaks. Here a step costs a few numbers on the CPU, and this
+callback waits for the device when a report is due; what stands in a progress bar Lightning itself reads at every batch.
 """
 
 import logging

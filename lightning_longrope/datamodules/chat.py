@@ -46,6 +46,9 @@ class ChatDataModule(PackedTextDataModule):
     The template decides which tokens there are: no BOS or EOS is added. Answers are found by its ``{% generation %}``
     marks, else by what the text grows by with each answer; a template that allows neither is refused.
 
+    Batches hold different numbers of answer tokens, and those that ``accumulate_grad_batches`` adds up weigh the same
+    each: a larger ``batch_size`` weighs every answer token alike.
+
     Conversations of different length share rows (``best_fit``) and do not see each other. ``longrope data --rows 3``
     shows rows with what is learnt in brackets.
 

@@ -36,6 +36,7 @@ class SequenceParallel(ParallelStrategy):
         super().__init__(*args, **kwargs)
         self.sequence_parallel_size = sequence_parallel_size
         self.sequence_group = ALONE
+        self._rows_compared = True
 
     @property
     @override
@@ -67,6 +68,28 @@ class SequenceParallel(ParallelStrategy):
         super().setup(trainer)
         if self.sequence_parallel_size > 1:
             share_rows(_model_of(self.lightning_module), self.sequence_group)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._rows_compared = self.sequence_parallel_size == 1
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuses rows that differ within a group, at the first batch: parts of other texts would be put together.
+
+        Raises:
+            ValueError: On all ranks of the group.
+        """
+        super().on_train_batch_start(batch, batch_idx)
+        if self._rows_compared or not isinstance(batch, dict) or "input_ids" not in batch:
+            return
+        self._rows_compared = True
+        if not self.sequence_group.alike(batch["input_ids"]):
+            raise ValueError(
+                f"The {self.sequence_parallel_size} ranks that share rows were given different ones: let the sampler or"
+                " stream take its share by `num_replicas` and `rank` of `trainer.strategy.distributed_sampler_kwargs`."
+            )
 
     @override
     def teardown(self) -> None:

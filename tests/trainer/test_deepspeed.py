@@ -174,6 +174,10 @@ def on_two_ranks(folder):
         adam(folder, name, f"resumed-{name}", steps=5, resume=folder / f"{name}.ckpt")
         validate(folder, name)
     adam(folder, "fsdp2", "adam-fsdp2", save=folder / "fsdp2.ckpt")
+    for name in ("ddp", "fsdp2"):
+        saved, two = folder / f"muon-{name}.ckpt", {"optimizer": MuonAdamW}
+        adam(folder, name, f"muon-{name}", save=saved, **two)
+        adam(folder, name, f"muon-resumed-{name}", steps=5, resume=saved, **two)
     sgd(folder, "zero3", pretrained, {}, "sgd-pretrained")
     for name in ("ddp", "zero3"):
         sgd(folder, name, {"name_or_path": str(folder / f"{name}.ckpt")}, {}, f"sgd-second-{name}")
@@ -417,3 +421,8 @@ def test_lightnings_own_strategy_is_refused():
     module._trainer = SimpleNamespace(strategy=DeepSpeedStrategy(stage=3))
     with pytest.raises(ValueError, match="use LongContextDeepSpeedStrategy"):
         module.configure_model()
+
+
+def test_shards_of_two_optimizers_in_one_are_saved_and_restored(runs):
+    assert_same_losses(runs, "muon-fsdp2", "muon-ddp", rel=3e-4)  # Muon computes in bfloat16
+    assert_same_losses(runs, "muon-resumed-fsdp2", "muon-resumed-ddp", rel=3e-4)

@@ -46,6 +46,18 @@ def test_training_is_that_of_a_plain_loop_around_hugging_face(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype", "lost"),
+    [("32-true", "float32", False), ("bf16-mixed", "float32", False), ("bf16-mixed", "bfloat16", True),
+     ("bf16-true", "float32", True)],
+)  # fmt: skip
+def test_training_weights_whose_updates_would_be_rounded_away_is_said(tmp_path, caplog, precision, dtype, lost):
+    trainer(tmp_path, precision=precision, max_steps=1).fit(
+        LongRoPEModule(config=LLAMA, dtype=dtype), random_loader(), random_loader()
+    )
+    assert any("Weights are trained in bfloat16" in message for message in caplog.messages) == lost
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-5), ("bf16-true", 0.02), ("16-true", 0.005)])
 def test_validation_perplexity_is_token_weighted(tmp_path, precision, tolerance):
     module = LongRoPEModule(config=LLAMA)

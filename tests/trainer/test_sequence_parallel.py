@@ -13,6 +13,7 @@ from helpers import LLAMA
 from lightning.pytorch import Trainer
 from processes import PARTITIONED, run_ranks
 from small_tokenizers import TEXT, byte_level
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_longrope import LongRoPEModule, sequence_parallel
 from lightning_longrope.callbacks import FactorSearch, PasskeyRetrieval, PerplexityByLength
@@ -314,3 +315,39 @@ def test_a_rank_out_of_memory_leaves_none_of_its_group_waiting(fits, name):
         found = json.loads(path.read_text())
         assert found["scores"] == pytest.approx(alone["scores"], rel=1e-5)
         assert (found["failures"] >= 3) == (rank == 1)
+
+
+class Streams(IterableDataset):
+    """Rows of every rank's own, as a stream that is split over all ranks gives them."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.rank)
+        for _ in range(4):
+            tokens = torch.randint(96, (24,), generator=generator)
+            yield {"input_ids": tokens, "labels": tokens}
+
+
+def train_on_streams(folder):
+    rank = int(os.environ["RANK"])
+    quiet = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    for name, of in (("same", 7), ("other", rank)):
+        trainer = Trainer(
+            accelerator="cpu", devices=2, strategy=LongContextDDPStrategy(sequence_parallel_size=2), max_steps=2,
+            default_root_dir=folder, **dict.fromkeys(quiet, False),
+        )  # fmt: skip
+        said = "trained"
+        try:
+            trainer.fit(Module(config=LLAMA), DataLoader(Streams(of), batch_size=2))
+        except ValueError as error:
+            said = str(error)
+        (folder / f"{name}{rank}").write_text(said)
+
+
+def test_ranks_of_a_group_that_are_given_other_rows_are_refused(tmp_path):
+    run_ranks(2, train_on_streams, tmp_path, logs=tmp_path / "logs")
+    for rank in range(2):
+        assert (tmp_path / f"same{rank}").read_text() == "trained"
+        assert "The 2 ranks that share rows were given different ones" in (tmp_path / f"other{rank}").read_text()

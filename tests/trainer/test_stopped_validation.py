@@ -68,9 +68,9 @@ class SignalAtTheEnd(SignalAt):
         self._send(trainer, "end")
 
 
-def fit(folder, interval, signals, ckpt_path=None):
+def fit(folder, interval, signals, ckpt_path=None, save_last=True):
     """Events of a fit, its model, and whether it was stopped. The callback stands before the one that saves."""
-    saver = ModelCheckpoint(folder, "{step}", save_last=True, save_top_k=-1, every_n_train_steps=4)
+    saver = ModelCheckpoint(folder, "{step}", save_last=save_last, save_top_k=-1, every_n_train_steps=4)
     callbacks: list[Callback] = [signals, SaveOnStop(), Measures(lengths=[2]), saver, Throughput()]
     trainer = Trainer(
         accelerator="cpu", max_steps=STEPS, max_epochs=-1, callbacks=callbacks, logger=CSVLogger(folder, "log"),
@@ -124,6 +124,16 @@ def test_a_validation_is_not_waited_for_and_not_lost(tmp_path, interval, signals
         speeds = [row.get("throughput/tokens_per_second") for row in csv.DictReader(path.read_text().splitlines())]
         assert all(float(speed) > 0 for speed in speeds if speed)
     assert logged(tmp_path / "cut" / "log") == logged(tmp_path / "whole" / "log") != {}
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty", "ignore:.*does not have many workers")
+def test_a_last_checkpoint_that_is_a_link_becomes_what_was_said_to_be_saved(tmp_path):
+    _, code = fit(tmp_path / "cut", 4, SignalAt(5), save_last="link")
+    assert code == STATUS
+    steps = {
+        path.name: torch.load(path, weights_only=True)["global_step"] for path in (tmp_path / "cut").glob("*.ckpt")
+    }
+    assert steps == {"step=4.ckpt": 4, "last.ckpt": 6}
 
 
 def test_the_command_line_adds_none_where_one_is_given(monkeypatch):

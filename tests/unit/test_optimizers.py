@@ -1,6 +1,7 @@
 """One optimizer that is two: the same steps as Muon and AdamW run by hand, and a state that continues them."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -89,3 +90,30 @@ def test_a_warm_up_may_start_above_zero():
         assert rates == pytest.approx([0.1, 0.325, 0.55, 0.775, *after])
     with pytest.raises(ValueError, match=r"warmup_start.*1\.5"):
         Schedule(warmup_start=1.5)
+
+
+def test_its_state_has_the_form_of_any_optimizer():
+    model, groups = model_and_groups()
+    optimizer = MuonAdamW(groups, lr=0.01)
+    train(model, [optimizer], 1)
+    saved = optimizer.state_dict()
+    assert saved.keys() == {"state", "param_groups"}  # which FSDP2 and other tools read
+    assert [group["params"] for group in saved["param_groups"]] == [[0, 1], [2, 3]]
+    assert [sorted(saved["state"][number]) for number in range(4)] == [
+        *[["momentum_buffer"]] * 2,
+        *[["exp_avg", "exp_avg_sq", "step"]] * 2,
+    ]
+
+
+def test_a_run_without_a_last_step_takes_schedules_that_need_none():
+    _, groups = model_and_groups()
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    for name, rates in (("constant", [0.5] * 3), ("constant_with_warmup", [0.0, 0.25, 0.5])):
+        scheduler, found = Schedule(name, warmup_steps=2).build(optimizer, math.inf), []
+        for _ in range(3):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert found == rates
+    with pytest.raises(ValueError, match=r"'linear' needs to know the last step: set trainer\.max_steps"):
+        Schedule().build(optimizer, math.inf)
