@@ -425,4 +425,4 @@ def test_lightnings_own_strategy_is_refused():
 
 def test_shards_of_two_optimizers_in_one_are_saved_and_restored(runs):
     assert_same_losses(runs, "muon-fsdp2", "muon-ddp", rel=3e-4)  # Muon computes in bfloat16
-    assert_same_losses(runs, "muon-resumed-fsdp2", "muon-resumed-ddp", rel=3e-4)
+    assert_same_losses(runs, "muon-resumed-fsdp2", "muon-resumed-ddp", rel=2e-3)
