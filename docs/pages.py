@@ -22,7 +22,7 @@ FURTHER = ("heads", "losses", "lora", "memory", "metrics", "model", "objectives"
 MENTIONED = {
     "callbacks": ("callbacks.retrieval.RetrievalCallback",),
     "datamodules": ("datamodules.base.TokenDataModule",),
-    "package": ("searching.SearchRun", "evaluating.Workers"),
+    "package": ("search_folder.SearchRun", "evaluating.Workers"),
     "search": ("search.judgement.HeldOut",),
 }
 """Classes that the signatures of public ones mention, by the page that they stand on."""

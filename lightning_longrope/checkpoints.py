@@ -58,7 +58,7 @@ _TORCH = {
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is, or by its name should be, a checkpoint and no model folder."""
-    return path.suffix == ".ckpt" or is_deepspeed(path) or _is_distributed(path)
+    return path.suffix == ".ckpt" or is_deepspeed(path) or is_distributed(path)
 
 
 def read_checkpoint(path: Path, values: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path, values: bool = True) -> tuple[dict[str, Any], di
             _check_whole(file)
     if is_deepspeed(path):
         weights = _read_deepspeed(path, extra, values)
-    elif _is_distributed(path):
+    elif is_distributed(path):
         weights = _read_distributed(path, values)
     else:
         weights = extra.get("state_dict", {})
@@ -109,7 +109,7 @@ def _read_extra(path: Path) -> dict[str, Any]:
     put_back(path)
     if is_deepspeed(path):
         extra = _load(_model_files(path)[0])
-    elif _is_distributed(path):
+    elif is_distributed(path):
         extra = _load(path / "meta.pt")
     elif path.is_file():
         extra = _load(path)
@@ -200,7 +200,7 @@ def check_resumable(path: Path) -> None:
     """
     if is_deepspeed(path):
         check_safe(path)
-    elif _is_distributed(path):
+    elif is_distributed(path):
         _read_index(path)
         _check_file(path / "meta.pt")
     elif path.is_file():
@@ -233,7 +233,8 @@ def _tag_folder(path: Path) -> Path:
     return path / name
 
 
-def _is_distributed(path: Path) -> bool:
+def is_distributed(path: Path) -> bool:
+    """Whether a path is a distributed checkpoint of torch, as FSDP2 writes it, with what its first rank writes."""
     return (path / ".metadata").is_file()
 
 
@@ -271,7 +272,7 @@ def _archives(path: Path) -> list[Path]:
     """The files that hold weights, or settings; torch compares no checksum of them."""
     if is_deepspeed(path):
         return sorted(_tag_folder(path).glob("*_states.pt"))
-    return [path / "meta.pt" if _is_distributed(path) else path]
+    return [path / "meta.pt" if is_distributed(path) else path]
 
 
 def _is_first_of_node() -> bool:

@@ -8,8 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,14 @@ from torch import Tensor
 
 from lightning_longrope.evaluating import Evaluator, Race, SingleWorker, Workers
 from lightning_longrope.factors import RescaleFactors
-from lightning_longrope.files import write_json
-from lightning_longrope.fingerprints import document_digests, joint_digest, model_digest, tokenizer_digest
+from lightning_longrope.fingerprints import model_digest, tokenizer_digest
 from lightning_longrope.model import evaluating
 from lightning_longrope.objectives import (
     Objective,
     ObjectiveName,
-    SearchDocument,
     named_objective,
-    objective_name,
     search_documents,
 )
-from lightning_longrope.score_book import ScoreBook
 from lightning_longrope.scoring import Score, document_values, means
 from lightning_longrope.search import (
     Candidate,
@@ -41,57 +36,12 @@ from lightning_longrope.search import (
     SearchResult,
     SearchSpace,
 )
-from lightning_longrope.search.journal import strict_json
 from lightning_longrope.search.judgement import HeldOut, judge
 from lightning_longrope.search.schedule import DocumentSchedule, Stages
+from lightning_longrope.search_folder import SearchFolder, SearchRun
 from lightning_longrope.search_task import SearchTask, search_task, starting_point
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class SearchRun:
-    """Where a running search stands, for progress bars and loggers.
-
-    Attributes:
-        generation: Generations finished.
-        evaluations: Candidates scored, those found in journals included.
-        limit: Most evaluations, None if the algorithm ends by itself.
-        cached: How many of them came from journals.
-        dropped: How many of them a race dropped.
-        failed: How many of them overflowed or did not fit in memory.
-        forwards: (candidate, document) pairs scored, baselines included.
-        best: Lowest score so far in nats.
-        median: Median score of the last generation in nats.
-        documents: How many documents candidates are judged on now.
-        seconds: Time of a fresh evaluation, mean so far; 0 before the first.
-        baselines: Scores of the published tables on the same documents.
-    """
-
-    generation: int = 0
-    evaluations: int = 0
-    limit: int | None = None
-    cached: int = 0
-    dropped: int = 0
-    failed: int = 0
-    forwards: int = 0
-    best: float = math.inf
-    median: float = math.nan
-    documents: int = 0
-    seconds: float = 0.0
-    baselines: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def left(self) -> float | None:
-        """Seconds until the budget is spent, if it is known and something was timed."""
-        if self.limit is None or not self.seconds:
-            return None
-        return (self.limit - self.evaluations) * self.seconds
-
-    def metrics(self) -> dict[str, float]:
-        """What loggers get after each generation."""
-        names = ("evaluations", "cached", "dropped", "failed", "forwards", "best", "median", "seconds")
-        return {**{name: float(getattr(self, name)) for name in names}, **self.baselines}
 
 
 def search_factors(
@@ -163,9 +113,9 @@ def search_factors(
 
     Raises:
         ValueError: If the target is not longer than the model's window, a document is too short, an objective
-            lacks its tokenizer, ``folder`` holds another search, a held-out document is one of the search's, or
-            memory suffices for no candidate, ``schedule`` does not grow towards all documents, or ``algorithm`` does
-            not search the ``start_tokens`` given.
+            lacks its tokenizer, ``folder`` holds another search or one is at work there, a held-out document is one of
+            the search's, memory suffices for no candidate, ``schedule`` does not grow towards all documents, or
+            ``algorithm`` does not search the ``start_tokens`` given.
     """
     algorithm = algorithm or (RecoverySearch() if recovery and starting_point(model) else RampSearch())
     if len(set(start_tokens or ())) > 1 and not algorithm.searches_start_tokens:
@@ -190,7 +140,7 @@ def search_factors(
     _check_disjoint(texts, judged, target_length)
     algorithm = algorithm.start(task.space, seed, max_evaluations, patience)
     workers = workers or SingleWorker()
-    with _undisturbed(model):
+    with _undisturbed(model), ExitStack() as until_the_end:
         identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
         stages = DocumentSchedule.of(schedule, len(rows), algorithm.limit)
         settings = {"objective": objective.settings, "race": race, **algorithm.fingerprint}
@@ -198,7 +148,7 @@ def search_factors(
             settings["schedule"] = stages.stages
         if task.base is not None:
             settings["base"] = task.base.to_dict()
-        files = _Files(Path(folder) if folder else None, caches, workers, identity)
+        files = SearchFolder(Path(folder) if folder else None, caches, workers, identity, until_the_end)
         evaluator = partial(Evaluator, model, objective=objective, batch_tokens=batch_tokens, workers=workers)
         scorer = evaluator(rows, book=files.book("history.jsonl", rows, settings))
         search = _Search(task, algorithm, scorer, race, stages, progress)
@@ -207,7 +157,7 @@ def search_factors(
         if unseen:
             judging = evaluator(unseen, book=files.book("held_out.jsonl", unseen, {}))
             result.held_out = _judge(task, result.factors, judging)
-        files.save(search, finished=True, result=result)
+        files.save(search.run, search.algorithm.space, search.evaluator, result)
     return result
 
 
@@ -229,7 +179,7 @@ class _Search:
         self._complete: list[Score] = []  # of all documents in use, best first
         self._fresh, self._spent = 0, 0.0
 
-    def run_to_end(self, files: "_Files") -> Any:
+    def run_to_end(self, files: SearchFolder) -> Any:
         """Baselines, then generation after generation; the best candidate."""
         self._use_documents()
         while candidates := self._ask():
@@ -238,7 +188,7 @@ class _Search:
             self.algorithm.tell(candidates, [score.value for score in scores])
             self._tally(scores)
             self._use_documents()
-            files.save(self, finished=False)
+            files.save(self.run, self.algorithm.space, self.evaluator)
             self._show()
         best, score = self.algorithm.best
         if not math.isfinite(score):
@@ -316,52 +266,6 @@ class _Search:
     def _show(self) -> None:
         if self.progress:
             self.progress(self.run)
-
-
-class _Files:
-    """The folder of a search, which one process writes."""
-
-    def __init__(
-        self, folder: Path | None, caches: Sequence[str | Path], workers: Workers, identity: dict[str, Any]
-    ) -> None:
-        self.folder, self.caches, self.workers, self.identity = folder, caches, workers, identity
-        self._fingerprint: dict[str, Any] = {}
-
-    def book(self, name: str, rows: list[SearchDocument], settings: dict[str, Any]) -> ScoreBook | None:
-        """Opens a journal where files are written; refused there, it is refused on every process."""
-        digests, book, refusal = document_digests(rows), None, None
-        each = {"documents": joint_digest(digests), **settings, "document_digests": digests}
-        fingerprint = {**self.identity, **each}
-        self._fingerprint = self._fingerprint or fingerprint
-        if self.workers.writes:
-            try:
-                path = self.folder / name if self.folder else None
-                book = ScoreBook(path, fingerprint, self.caches if settings else ())
-            except ValueError as error:
-                refusal = error
-        if self.workers.sum(torch.tensor([float(refusal is not None and self.workers.writes)])).item():
-            raise refusal or ValueError("The first process refused the search folder or a cache; see its message.")
-        return book
-
-    def save(self, search: _Search, *, finished: bool, result: SearchResult | None = None) -> None:
-        """Writes ``state.json`` and, at the end, the factors."""
-        if self.folder is None or not self.workers.writes:
-            return
-        space, evaluator = search.algorithm.space, search.evaluator
-        if result is not None:
-            result.factors.save(self.folder / "factors.json")
-            result.factors.save_csv(self.folder / "rescale_factors.csv")
-        names = ("rotary_size", "base", "original_length", "target_length", "max_factor", "pinned", "attention_factor")
-        state = {
-            **asdict(search.run),
-            "finished": finished,
-            "objective": objective_name(evaluator.objective),
-            "documents": len(evaluator.documents),
-            **{name: getattr(space, name) for name in names},
-            "held_out": asdict(result.held_out) if result and result.held_out else None,
-            "fingerprint": self._fingerprint,
-        }
-        write_json(self.folder / "state.json", strict_json(state))
 
 
 def _kept_back(documents: Sequence[Tensor], held_out: Sequence[Tensor] | int) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_longrope.searching import SearchRun
+from lightning_longrope.search_folder import SearchRun
 from lightning_longrope.tracking import log_search
 
 

@@ -7,7 +7,6 @@ and takes half an hour to notice that a peer is gone.
 
 import copy
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -22,7 +21,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Muon, Optimizer
@@ -33,8 +32,6 @@ from lightning_longrope.checkpoints import (
     choose_accelerator,
     convert_to_universal,
     is_deepspeed,
-    put_back,
-    replaced_by,
     saved_ranks,
     saved_stages,
     universal_groups,
@@ -43,6 +40,7 @@ from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.optimizers import MuonAdamW
 from lightning_longrope.rotary import recompute_rotary
 from lightning_longrope.strategies.sequence_parallel import SequenceParallel
+from lightning_longrope.strategies.whole_folder import WholeFolders, remove
 
 _SMALLEST_BUCKET = 2**20  # elements; below that, messages cost more than what they carry
 # Lightning's defaults, which count as not chosen among its own arguments: LightningCLI gives them all
@@ -84,7 +82,7 @@ class _OnProcessorsToo(DeepSpeedStrategy):
         super()._init_deepspeed_distributed()
 
 
-class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
+class LongContextDeepSpeedStrategy(WholeFolders, SequenceParallel, _OnProcessorsToo):
     """ZeRO for long contexts, on GPUs and on processors, as ``strategy`` of a Trainer or by name in a configuration.
 
     Buckets follow the model's hidden size h: h x h elements are reduced and gathered at once, and under stage 3 weights
@@ -211,37 +209,16 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Saves a folder that takes the place of an earlier one only when it is whole, on the disk of every node."""
-        path = Path(self.broadcast(filepath))
-        partial = path.with_name(f".{path.name}.partial")
-        for _ in self._one_node_after_another():
-            put_back(path)
-            _remove(partial)
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        self.barrier()
-        whole = self.reduce_boolean_decision(is_deepspeed(partial))
-        if not whole:
-            rank_zero_warn(
-                f"{path} is not on a file system that all nodes share: every node keeps the shards of its own ranks"
-                " there, which must be brought together in one folder to be resumed, exported or evaluated."
-            )
-        for _ in self._one_node_after_another():
-            if partial.exists():  # else the node shares the disk of one before it
-                _take_place(partial, path)
+        def write(folder: Path) -> None:
+            super(LongContextDeepSpeedStrategy, self).save_checkpoint(checkpoint, folder, storage_options)
 
-    def _one_node_after_another(self) -> Iterator[None]:
-        """Gives the first process of each node its turn; all leave when the last has had it."""
-        for node in range(self.num_nodes):
-            if self.local_rank == 0 and self.node_rank == node:
-                yield
-            self.barrier()
+        self.save_folder(filepath, write, is_deepspeed)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Restores what DeepSpeed has saved; optimizer states are cut anew for another number of ranks."""
         path = Path(self.broadcast(checkpoint_path))
-        for _ in self._one_node_after_another():
-            put_back(path)
+        self.put_back_everywhere(path)
         if self.load_full_weights and self.zero_stage_3:
             return super().load_checkpoint(path, weights_only)
         self._check_resumable(path)
@@ -303,7 +280,7 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
             engine._config.load_universal_checkpoint = False
             self.barrier()
             if self.is_global_zero:
-                _remove(folder)
+                remove(folder)
 
     def _convert(self, path: Path, folder: Path) -> str:
         """Rank 0 converts, for longer than a collective may take, and tells the others every second how it stands.
@@ -320,7 +297,7 @@ class LongContextDeepSpeedStrategy(SequenceParallel, _OnProcessorsToo):
 
 
 def _convert_anew(path: Path, folder: Path) -> str:
-    _remove(folder)
+    remove(folder)
     folder.mkdir()
     return convert_to_universal(path, folder / "checkpoint")
 
@@ -333,24 +310,6 @@ def _outcome(work: Future[str]) -> str | None:
         return None
     except Exception as error:  # the other ranks wait for it
         return f"{type(error).__name__}: {error}"
-
-
-def _take_place(partial: Path, path: Path) -> None:
-    """Puts a whole checkpoint where an earlier one may be; shards of more ranks would stay in that."""
-    replaced = replaced_by(path)
-    _remove(replaced)
-    if path.exists():
-        path.rename(replaced)
-    partial.rename(path)
-    _remove(replaced)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _check(stage: int, offload_optimizer: bool, offload_parameters: bool, nvme_path: str | None) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
-from lightning_longrope.checkpoints import check_resumable
+from lightning_longrope.checkpoints import check_resumable, is_distributed
 from lightning_longrope.strategies.sequence_parallel import SequenceParallel
+from lightning_longrope.strategies.whole_folder import WholeFolders
 
 
-class LongContextFSDP2Strategy(SequenceParallel, ModelParallelStrategy):
+class LongContextFSDP2Strategy(WholeFolders, SequenceParallel, ModelParallelStrategy):
     """Lightning's ``ModelParallelStrategy`` over all ranks: FSDP2 without DeepSpeed, with sequence parallelism.
 
     ``LongRoPEModule`` shards itself; another module does so in its ``configure_model``, for which
@@ -40,9 +41,24 @@ class LongContextFSDP2Strategy(SequenceParallel, ModelParallelStrategy):
         )
 
     @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Saves a folder that takes the place of an earlier one only when it is whole, on the disk of every node."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+
+        def write(folder: Path) -> None:
+            super(LongContextFSDP2Strategy, self).save_checkpoint(checkpoint, folder, storage_options)
+
+        self.save_folder(filepath, write, is_distributed)
+
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Restores what was saved, unless there is code in it to run; see ``check_resumable``."""
         path = Path(self.broadcast(checkpoint_path))
+        self.put_back_everywhere(path)
         if weights_only is not False:
             check_resumable(path)
         return super().load_checkpoint(path, weights_only)

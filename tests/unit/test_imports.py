@@ -18,7 +18,8 @@ FLOORS = [  # each may import from its own floor and those before it
     | {"onednn", "memory"}
     | {"attention", "checkpoints", "estimate", "heads", "levers", "lora", "reading", "run_settings", "sliding"}
     | {"collectives", "locks", "stopping"},
-    {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating", "search_task", "searching"}
+    {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating"}
+    | {"search_folder", "search_task", "searching"}
     | {"doctor", "generating", "reporting", "isolation", "layers", "long_rows", "sequence_parallel", "sizes"},
     {"advising", "finite", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
     {"export", "recipes"},

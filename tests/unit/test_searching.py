@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -181,3 +182,20 @@ def test_settings_that_an_algorithm_does_not_know_are_refused(texts):
     warm = {"warm_start": RescaleFactors((1.0,) * 7 + (1.5,), 32, 48)}
     with pytest.raises(ValueError, match="takes no `warm_start`"):
         search_factors(tiny_llama(), texts, LENGTH, algorithm=LongRoPE2Search(), space=warm)
+
+
+def test_a_second_search_is_kept_out_of_a_folder_until_the_first_has_ended(texts, tmp_path):
+    folder, said = tmp_path / "search", []
+
+    def second(run):
+        if not said:
+            said.append(True)
+            with pytest.raises(
+                ValueError, match=rf"search belongs to process {os.getpid()} on .*: wait until that has"
+            ):
+                search_factors(tiny_llama(), texts, LENGTH, max_evaluations=4, folder=folder)
+
+    search_factors(tiny_llama(), texts, LENGTH, max_evaluations=4, folder=folder, progress=second)
+    assert said
+    again = search_factors(tiny_llama(), texts, LENGTH, max_evaluations=4, folder=folder)
+    assert [row["evaluation"] for row in again.history] == list(range(len(again.history)))
