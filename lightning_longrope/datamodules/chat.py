@@ -123,6 +123,12 @@ class ChatDataModule(PackedTextDataModule):
     def filler(self, split: str) -> Tensor:
         return torch.from_numpy(self.documents(split).joined(FILLER_LIMIT) >> 1)
 
+    @override
+    def _text_name(self) -> str:
+        if isinstance(self.text_of(), RenderedText):
+            return self.text_field  # the template, on which the text depends too, is named below
+        return super()._text_name()
+
     def _fingerprint(self, origin: Any) -> str:
         return digest(super()._fingerprint(origin), self.template)
 

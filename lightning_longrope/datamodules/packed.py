@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from typing_extensions import override
 
 from lightning_longrope.datamodules.base import SPLITS, Corpus, TokenDataModule, digest
+from lightning_longrope.datamodules.origins import Revisions, file_states, folder_states, lasting_name
 from lightning_longrope.datamodules.readers import Document, OnError, SourceOf, TextOf, expand, read_documents
 from lightning_longrope.datamodules.token_store import TokenStore
 from lightning_longrope.mixing import Mixture
@@ -31,7 +33,8 @@ class PackedTextDataModule(TokenDataModule):
     The text is tokenised once, into ``cache_dir``: about 2 bytes a token (4 for vocabularies above 65,536), so a
     terabyte of English takes some 500 GB. ``longrope tokenize -c CONFIG`` does it ahead of time, with many processes.
     Another ``seq_len``, ``packing``, ``min_document_length``, split, weight or seed needs no second tokenising; other
-    files, ``subsets`` or another tokenizer do. ``longrope data -c CONFIG`` shows what came of it.
+    files, ``subsets`` or another tokenizer do, and so does another commit of a hub data set. ``longrope data -c
+    CONFIG`` shows what came of it.
 
     Where ``source_field`` tells the sources apart, ``subsets`` chooses some of them and ``weights`` says how much of
     the training each is. Weights are shares of the tokens, whatever the sources hold: a small source is repeated, a
@@ -117,19 +120,33 @@ class PackedTextDataModule(TokenDataModule):
         self.weights = weights
         self.long_length, self.long_weight = long_length, long_weight
         self.streaming = streaming
+        self._revisions = None if self.cache_dir is None else Revisions(self.cache_dir)
         self._check_mixing()
 
     def source_of(self) -> str | SourceOf | None:
-        """Where the name of a record's source is: a dotted path or a function of the record and its file."""
-        return {"@folder": _folder, "@file": _file}.get(self.source_field or "", self.source_field)
+        """Where the name of a record's source is: a dotted path or a function of the record and its file.
+
+        The name of the token store holds the function's: one that does something else needs another name. An object
+        that can be called, such as a frozen dataclass, is known by its ``repr``.
+        """
+        by_path: dict[str | None, SourceOf] = {"@folder": FolderName(), "@file": FileName()}
+        return by_path.get(self.source_field, self.source_field)
 
     def text_of(self) -> str | TextOf:
-        """Where the text of a record is: a field, or a function of the record."""
+        """Where the text of a record is: a field, or a function of the record, named like that of ``source_of``."""
         return self.text_field
 
     def pick(self, files: list[Path]) -> list[Path]:
         """Those of the files that hold documents of the chosen subsets; all, where only the records can tell."""
         return files
+
+    @override
+    def tokenise(self, workers: int | None = 0) -> dict[str, Path]:
+        hubs = {hub_name(origin[0]) for origin in self.origins.values() if isinstance(origin, tuple)}
+        for name in sorted(name for name in hubs if not Path(name).exists()):
+            if self._revisions is not None:
+                self._revisions.ask(name)
+        return super().tokenise(workers)
 
     @override
     def corpora(self) -> list[Corpus]:
@@ -173,24 +190,34 @@ class PackedTextDataModule(TokenDataModule):
         return picked
 
     def _file_corpus(self, name: str, files: list[Path]) -> Corpus:
-        states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return Corpus(name, self._fingerprint(states), lambda: self._read(files))
+        return Corpus(name, self._fingerprint(file_states(files)), lambda: self._read(files))
 
     def _hub_corpus(self, name: str, data_set: str, split: str) -> Corpus:
-        return Corpus(name, self._fingerprint([data_set, split]), lambda: self._read_hub(data_set, split))
+        name_of_set, revision = hub_name(data_set), None
+        origin: list[Any] = [data_set, split]
+        if Path(name_of_set).exists():
+            origin.append(folder_states(Path(name_of_set)))
+        elif self._revisions is not None and (revision := self._revisions.of(name_of_set)) is not None:
+            origin.append(revision)
+        return Corpus(name, self._fingerprint(origin), lambda: self._read_hub(data_set, split, revision))
 
     def _fingerprint(self, origin: Any) -> str:
-        return digest(origin, self.text_field, self.on_error, repr(self.source_of()), self.subsets)
+        return digest(origin, self._text_name(), self.on_error, lasting_name(self.source_of()), self.subsets)
+
+    def _text_name(self) -> str:
+        text = self.text_of()
+        return text if isinstance(text, str) else lasting_name(text)
 
     def _read(self, files: list[Path]) -> Iterable[Document]:
         return read_documents(files, self.text_of(), self.on_error, self.source_of(), self.subsets)
 
-    def _read_hub(self, data_set: str, split: str) -> Iterable[Document]:
+    def _read_hub(self, data_set: str, split: str, revision: str | None) -> Iterable[Document]:
         from lightning_longrope.datamodules.readers import read_hub
 
         name, _, config = data_set.partition(":")
         how = (self.streaming, self.text_of(), self.source_of(), self.on_error, self.subsets)
-        return read_hub(name, config or None, split, *how)
+        options: dict[str, Any] = {} if revision is None else {"revision": revision}
+        return read_hub(name, config or None, split, *how, **options)
 
     def _check_mixing(self) -> None:
         if (self.subsets or self.weights) and self.source_of() is None:
@@ -206,6 +233,11 @@ class PackedTextDataModule(TokenDataModule):
 
 Origin = list[str] | tuple[str, str]
 """Paths, or a hub data set and its split."""
+
+
+def hub_name(data_set: str) -> str:
+    """The data set without its configuration."""
+    return data_set.partition(":")[0]
 
 
 def _origins(
@@ -267,16 +299,26 @@ def _check_disjoint(files: dict[str, list[Path]]) -> None:
     owners: dict[Path, str] = {}
     for split, paths in files.items():
         for path in paths:
-            if owners.setdefault(path, split) != split:
-                raise ValueError(f"{path} is in the {owners[path]} split and in the {split} split: choose one.")
+            if (owner := owners.setdefault(path.resolve(), split)) != split:
+                raise ValueError(f"{path} is in the {owner} split and in the {split} split: choose one.")
 
 
-def _folder(record: dict[str, Any], file: Path) -> str:
-    return file.parent.name
+@dataclass(frozen=True)
+class FolderName:
+    """Name of the folder a record's file is in, as that of its source."""
+
+    def __call__(self, record: dict[str, Any], file: Path) -> str:
+        """The name."""
+        return file.parent.name
 
 
-def _file(record: dict[str, Any], file: Path) -> str:
-    return file.name.split(".")[0]
+@dataclass(frozen=True)
+class FileName:
+    """Name of a record's file without its endings, as that of its source."""
+
+    def __call__(self, record: dict[str, Any], file: Path) -> str:
+        """The name."""
+        return file.name.split(".")[0]
 
 
 def check_subsets(subsets: list[str] | None, known: tuple[str, ...]) -> None:

@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_longrope.datamodules.packed import PackedTextDataModule, check_subsets
-from lightning_longrope.datamodules.readers import SourceOf, field_text, redpajama_source
+from lightning_longrope.datamodules.packed import PackedTextDataModule, check_subsets, hub_name
+from lightning_longrope.datamodules.readers import SourceOf, field_text, located, redpajama_source
 from lightning_longrope.datamodules.readers.records import REDPAJAMA
 
 V1_SUBSETS = REDPAJAMA
@@ -17,6 +18,32 @@ V2_SUBSETS = tuple(
 )
 
 _V2_FILE = re.compile(r"([a-z]{2}_(?:head|middle|tail))\.jsonl?(?:\.gz|\.zst)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class V1Subset:
+    """Subset of a record of RedPajama v1, such as ``arxiv``: what its fields say, else its path below the corpus.
+
+    Attributes:
+        above: Folders that the corpus is in; their names, and those of the folders they are in, say nothing.
+    """
+
+    above: tuple[str, ...] = ()
+
+    def __call__(self, record: dict[str, Any], file: Path) -> str | None:
+        """The subset; None where nothing tells it."""
+        return redpajama_source(record, _below(self.above, file))
+
+    def of_file(self, file: Path) -> str | None:
+        """The subset that the path of a file tells."""
+        return self({}, file)
+
+
+@lru_cache(maxsize=64)
+def _below(above: tuple[str, ...], file: Path) -> Path:
+    """Path of a file below the nearest of some folders; its name alone if it is in none of them."""
+    paths = [file.relative_to(folder) for folder in above if file.is_relative_to(folder)]
+    return min(paths, key=lambda path: len(path.parts), default=Path(file.name))
 
 
 @dataclass(frozen=True)
@@ -42,8 +69,9 @@ class RedPajamaDataModule(PackedTextDataModule):
 
     ``v1`` (1.2 T tokens): folders ``arxiv``, ``book``, ``c4``, ``common_crawl``, ``github``, ``stackexchange`` and
     ``wikipedia`` with JSON lines (plain, ``.gz`` or ``.zst``), or the files of the published sample
-    (``arxiv_sample.jsonl``, ...). The subset is what a record's fields say, else the name of its file or folder. Files
-    of subsets that were not chosen are not opened.
+    (``arxiv_sample.jsonl``, ...). The subset is what a record's fields say, else the name of its file or of a folder
+    below ``folder``; of ``files`` the name of the folder that was given counts too, of those above it none. Files of
+    subsets that were not chosen are not opened.
 
     ``v2`` (the web): ``documents/<snapshot>/<shard>/<language>_<bucket>.json.gz``, with the text in ``raw_content``.
     Subsets are ``en_head``, ``en_middle``, ``de_head`` and so on. Files of quality signals, duplicates and minhashes
@@ -86,24 +114,41 @@ class RedPajamaDataModule(PackedTextDataModule):
         check_subsets(subsets, V1_SUBSETS if version == "v1" else V2_SUBSETS)
         if folder is not None and files:
             raise ValueError("Give either `folder` or `files`, got both.")
-        self.version = version
+        self.version, self.folder = version, folder
         text_field = text_field or ("text" if version == "v1" else "raw_content")
         super().__init__(files=[folder] if folder else files, subsets=subsets, text_field=text_field, **options)
 
     @override
     def source_of(self) -> str | SourceOf | None:
-        return super().source_of() or (redpajama_source if self.version == "v1" else V2Subset())
+        return super().source_of() or self._subset()
 
     @override
     def pick(self, files: list[Path]) -> list[Path]:
         if self.source_field is not None:
             return files
-        named = {file: _v1_file(file) if self.version == "v1" else V2Subset.of_file(file) for file in files}
+        subset = self._subset()
+        named = {file: subset.of_file(file) for file in files}
         if self.version == "v2" and any(named.values()):
             files = [file for file in files if named[file]]  # beside quality signals and the like
         return [file for file in files if not (self.subsets and named[file]) or named[file] in self.subsets]
 
+    def _subset(self) -> V1Subset | V2Subset:
+        return V1Subset(self._above()) if self.version == "v1" else V2Subset()
 
-def _v1_file(file: Path) -> str | None:
-    """The subset of a file of v1 as far as its name and folder tell it."""
-    return redpajama_source({}, file)
+    def _above(self) -> tuple[str, ...]:
+        """The folder given as ``folder``; of files, folders and globs the folder around the one that holds them."""
+        if self.folder is not None:
+            return (str(located(Path(self.folder).expanduser())),)
+        found: dict[str, None] = {}
+        for origin in self.origins.values():
+            holders = [Path(hub_name(origin[0]))] if isinstance(origin, tuple) else map(_holder, origin)
+            found.update((str(holder.parent), None) for holder in holders)
+        return tuple(found)
+
+
+def _holder(entry: str) -> Path:
+    """The folder that an entry of ``files`` is or is in; of a glob the last one without a wildcard."""
+    path = located(Path(entry).expanduser())
+    while not path.is_dir():
+        path = path.parent
+    return path

@@ -1,7 +1,7 @@
 """Documents out of files and hub data sets, one at a time, and every record that is none named and counted."""
 
-from lightning_longrope.datamodules.readers.files import SUFFIXES, FileReading, expand, read_documents
-from lightning_longrope.datamodules.readers.hub import HubReading, read_hub
+from lightning_longrope.datamodules.readers.files import SUFFIXES, FileReading, expand, located, read_documents
+from lightning_longrope.datamodules.readers.hub import HubReading, newest_revision, read_hub
 from lightning_longrope.datamodules.readers.records import (
     BadRecord,
     Document,
@@ -31,6 +31,8 @@ __all__ = [
     "TextOf",
     "expand",
     "field_text",
+    "located",
+    "newest_revision",
     "read_documents",
     "read_hub",
     "redpajama_source",

@@ -45,19 +45,29 @@ Reader = Callable[[Path, Fields, Meter], Iterator[Item]]
 def expand(paths: Iterable[str | Path]) -> list[Path]:
     """Files that a list of files, folders and globs stands for, each once, in the given order and sorted within one.
 
+    Files keep the names they were found by, links included (those in the caches of Hugging Face are links to files
+    without an ending). Two links to one file are one file.
+
     A folder stands for the files in it and below whose names end like one of ``SUFFIXES``, but for plain ``.json``
     files, which beside data often are settings: name them, or use a glob.
 
     Raises:
         ValueError: If an entry stands for no file, or a file is of no known kind.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for path in paths:
         files = _expand_one(Path(path).expanduser())
         if not files:
             raise ValueError(f"No file to read at {str(path)!r}: expected a file, a folder or a glob of {_known()}.")
-        found.update((file.resolve(), None) for file in files)
-    return list(found)
+        for file in files:
+            found.setdefault(file.resolve(), located(file))
+    return list(found.values())
+
+
+def located(path: Path) -> Path:
+    """The path from the root, links in it kept: a link may say what a file is where its target does not."""
+    path = path.absolute()
+    return path.parent.resolve() / path.name if ".." in path.parts else path
 
 
 def _expand_one(path: Path) -> list[Path]:
@@ -106,18 +116,22 @@ class FileReading(Reading):
         self.files = files
         self.fields = fields
         self._done = 0
+        self._total: int | None = None
         self._meter = Meter()
 
     @override
     def progress(self) -> tuple[float, float]:
-        """Bytes of the files, packed as they are."""
-        return self._done + self._meter.bytes, sum(file.stat().st_size for file in self.files)
+        """Bytes of the files, packed as they are; of all of them as they were when they were first asked for."""
+        if self._total is None:
+            self._total = sum(file.stat().st_size for file in self.files)
+        return self._done + self._meter.bytes, self._total
 
     @override
     def _items(self, after: Place | None) -> Iterator[Item]:
         first, done = (0, 0) if after is None else (self.files.index(after.source), after.record)
-        self._done = sum(file.stat().st_size for file in self.files[:first])
-        for file in self.files[first:]:
+        sizes = [file.stat().st_size for file in self.files]
+        self._done, self._total = sum(sizes[:first]), sum(sizes)
+        for file, size in zip(self.files[first:], sizes[first:], strict=True):
             reader = _reader(file)
             assert reader is not None, f"{file} did not come from `expand`"
             self._meter = Meter()
@@ -125,7 +139,7 @@ class FileReading(Reading):
                 if item.record > done:
                     yield item
             done, self._meter = 0, Meter()
-            self._done += file.stat().st_size
+            self._done += size
 
 
 def _read_lines(chunks: Chunks) -> Reader:

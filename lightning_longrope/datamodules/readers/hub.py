@@ -1,5 +1,6 @@
 """Documents out of Hugging Face data sets: hub names, or folders and files here that ``datasets`` knows to read."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from lightning_longrope.datamodules.readers.records import (
     SourceOf,
     TextOf,
 )
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 10.0  # seconds for the hub to say at which commit a data set is
 
 
 def read_hub(
@@ -47,6 +52,17 @@ def read_hub(
     """
     loading = {"path": name, "name": config, "split": split, "streaming": streaming, **options}
     return HubReading(loading, Fields(text_field, source_field), on_error, only)
+
+
+def newest_revision(name: str) -> str | None:
+    """Commit that a hub data set is at now; None where the hub cannot say: offline, or no such data set."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, timeout=PATIENCE).sha
+    except Exception as error:  # its HTTP library, and with it the errors, is another in every major version
+        log.debug("The hub does not tell the revision of %s: %s", name, error)
+        return None
 
 
 class HubReading(Reading):

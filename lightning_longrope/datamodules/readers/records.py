@@ -139,8 +139,11 @@ def redpajama_source(record: dict[str, Any], file: Path) -> str | None:
 
     The published files tell it in six ways: ``red_pajama_subset``, ``source``, ``meta.source``, SlimPajama's
     ``meta.redpajama_set_name`` (``RedPajamaC4``), the same inside a ``meta`` that is JSON text, or only by the name of
-    the file or its folder (``arxiv/arxiv_0.jsonl``, ``book.jsonl``, ``cc_2019-30_sample.jsonl``).
-    the file or its folder (``arxiv/arxiv_0.jsonl``, ``book.jsonl``, ``cc_2019-30_sample.jsonl``).
+    the file or of a folder it is in (``arxiv/arxiv_0.jsonl``, ``book.jsonl``, ``cc_2019-30_sample.jsonl``).
+
+    Args:
+        record: The record.
+        file: Its file. Every folder in this path may tell: give the path below the corpus.
     """
     for path in ("red_pajama_subset", "meta.red_pajama_subset", "meta.redpajama_set_name", "meta.source", "source"):
         if (name := _redpajama_name(field_text(record, path) or "")) is not None:
