@@ -105,7 +105,7 @@ class Mixture:
         self._repeats = steps / _ONE
         self.multiplicities = self._repeats.ravel()[kinds]
         self._strata = _strata(lengths, kinds, steps.ravel(), seed)
-        self.least_tokens = sum(stratum.least_tokens(lengths) for stratum in self._strata)
+        self.least_tokens = self.least(lengths)
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The documents of an epoch in the order it reads them, int64; copies of one lie far apart."""
@@ -115,6 +115,15 @@ class Mixture:
         rng = np.random.default_rng([self.seed, epoch, 0])
         places = (copy + rng.random(len(copy))) / np.repeat(counts, counts)
         return np.repeat(numbers, counts)[np.argsort(places, kind="stable")]
+
+    def least(self, sizes: NDArray[np.int64]) -> int:
+        """No epoch reads documents of a smaller size together, [D] int64 being the size of each; of ones, fewer."""
+        return sum(stratum.least(sizes) for stratum in self._strata)
+
+    def next_epoch(self, epoch: int, wanted: NDArray[np.bool_]) -> int | None:
+        """The first epoch from ``epoch`` on that reads one of the documents ``wanted``, [D]; None if none ever does."""
+        found = [stratum.next_epoch(epoch, wanted) for stratum in self._strata if wanted[stratum.numbers].any()]
+        return min(found, default=None)
 
     def summary(self) -> list[SourceShare]:
         """What an epoch reads of every source that has a document."""
@@ -148,13 +157,22 @@ class _Stratum:
         edges = np.arange(len(self.numbers) + 1, dtype=np.int64) * part + (self.begin + epoch * part) % _ONE
         return whole + np.diff(edges >> 32)
 
-    def least_tokens(self, lengths: NDArray[np.int64]) -> int:
-        """The fewest tokens the line gives, wherever it begins.
+    def next_epoch(self, epoch: int, wanted: NDArray[np.bool_]) -> int:
+        """The first epoch from ``epoch`` on that reads one of the documents ``wanted``, of which it has one."""
+        whole, part = divmod(self.step, _ONE)
+        if whole:
+            return epoch
+        edges = (np.flatnonzero(wanted[self.numbers]) * part + (self.begin + epoch * part) % _ONE) % _ONE
+        missing = np.maximum(_ONE - part - edges, 0)  # from the right edge of each to the whole number it will hold
+        return epoch + int((-(-missing // part)).min())
+
+    def least(self, sizes: NDArray[np.int64]) -> int:
+        """The least that the documents on the line have together, wherever it begins, [D] int64 being each one's size.
 
         Shifted from 0 on, the line's edge i, between documents i - 1 and i, passes a whole number once, if it does not
         lie on one: document i - 1 holds that number from there on, and document i no longer.
         """
-        sizes = lengths[self.numbers]
+        sizes = sizes[self.numbers]
         whole, part = divmod(self.step, _ONE)
         edges = np.arange(len(sizes) + 1, dtype=np.int64) * part
         at_zero = int(np.diff(edges >> 32) @ sizes)

@@ -227,7 +227,7 @@ class TokenDataModule(LightningDataModule):
         if split != "train":
             return self._rows(split, "concat" if self.packing == "mixed" else self.packing, shuffle=False)
         mixture, (_, share) = self.mixture(), self.extra_rows()
-        order = {} if mixture is None else {"order": mixture.order, "order_tokens": mixture.least_tokens}
+        order = {} if mixture is None else {"order": mixture}
         return self._rows("train", self.packing, extra_share=share, **order)
 
     def summaries(self) -> list[SplitSummary]:

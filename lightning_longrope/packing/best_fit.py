@@ -47,7 +47,8 @@ class BestFitRows(Rows[Bins]):
     """Rows of policy ``best_fit``; see the drawing at the top of this module.
 
     Where an ``order`` gives other documents every epoch, every epoch has as many rows as epoch 0: one with more rows
-    leaves the emptiest ones out, one with fewer begins again.
+    leaves the emptiest ones out, one with fewer begins again. An epoch without a document reads those of the next one
+    that has some.
 
     Args:
         documents: The tokenised documents.
@@ -67,16 +68,16 @@ class BestFitRows(Rows[Bins]):
         self._room = self.longest - len(self._head)
         if self._room < 3:
             raise ValueError(f"Pieces of documents need at least 4 tokens with their markers, got {self.longest}.")
-        if not len(self.documents):
-            raise ValueError("There is no document to pack.")
         bins = self._lay_out(0)
+        if not len(bins.ends):
+            raise ValueError("There is no document to pack.")
         self.cuts = int((bins.pieces > 0).sum())
         self.padding = len(bins.ends) * self.seq_len - bins.tokens
         return len(bins.ends)
 
     @override
     def _lay_out(self, epoch: int) -> Bins:
-        order = self._document_order(epoch)
+        order = self._usable_order(epoch)
         bodies = self.documents.lengths[order] + len(self._foot)
         counts = -(-bodies // self._room)
         counts -= (counts > 1) & (bodies % self._room == 1) & (len(self._foot) == 1)  # an EOS alone
@@ -125,12 +126,14 @@ def best_fit_decreasing(sizes: NDArray[np.int64], capacity: int) -> NDArray[np.i
     rooms rather than with the number of items.
 
     Args:
-        sizes: Size of each item, [items], between 1 and ``capacity``.
+        sizes: Size of each item, [items], between 1 and ``capacity``; there may be none.
         capacity: Size of a bin.
 
     Returns:
         [items] int64, bins numbered from 0. No more than 11/9 of the fewest bins possible, and one.
     """
+    if not len(sizes):
+        return np.empty(0, np.int64)
     by_size = np.argsort(-sizes, kind="stable")
     distinct, firsts = np.unique(-sizes[by_size], return_index=True)
     bins = np.empty(len(sizes), np.int64)

@@ -38,18 +38,21 @@ class Stream:
     Attributes:
         order: Numbers of the documents, [documents].
         begins: Place of every ``BLOCK``-th document in the stream, [documents / BLOCK] int64.
-        rows: Rows the stream fills.
+        size: Places of the stream.
+        rows: Rows it fills.
     """
 
     order: NDArray[Any]
     begins: NDArray[np.int64]
+    size: int
     rows: int
 
 
 class ConcatRows(Rows[Stream]):
     """Rows of policy ``concat``; see the drawing at the top of this module.
 
-    Does not bookend documents one by one.
+    Does not bookend documents one by one. Where an ``order`` gives other documents every epoch, every epoch has as many
+    rows as the shortest one fills; one that does not fill any reads on into the next.
 
     Args:
         documents: The tokenised documents.
@@ -69,29 +72,43 @@ class ConcatRows(Rows[Stream]):
         shared = self.bos == self.eos and not self.isolated
         self._separator = self._foot if shared else np.concatenate([self._foot, self._head])
         self._room = self.seq_len - len(self._head) - len(self._foot)
-        documents = len(self.documents) if self._order is None else 1  # of an order only the tokens are known
-        stream = self.order_tokens + len(self._separator) * max(0, documents - 1)
+        lengths, separator = self._read_lengths, len(self._separator)
+        stream = int(lengths.sum()) + separator * max(0, len(lengths) - 1)
         if stream < self._room:
             raise ValueError(
-                f"{len(self.documents)} documents of {self.documents.total} tokens together do not fill one row of"
-                f" `seq_len` {self.seq_len}: give more text or a shorter window."
+                f"{len(lengths)} documents of {int(lengths.sum())} tokens together do not fill one row of `seq_len`"
+                f" {self.seq_len}: give more text or a shorter window."
             )
-        self.tail = stream % self._room
-        return stream // self._room
+        rows = stream // self._room
+        if self._order is not None:
+            rows = max(1, (self._order.least(self.documents.lengths + separator) - separator) // self._room)
+            stream = self._lay_out(0).size
+        self.tail = stream - rows * self._room
+        return rows
 
     @override
     def _lay_out(self, epoch: int) -> Stream:
-        order = self._document_order(epoch)
+        stream = self._stream(self._document_order(epoch))
+        while not stream.rows:
+            assert self._order is not None, "documents that are all read fill a row"
+            later = self._order.next_epoch(epoch + 1, np.ones(len(self.documents), bool))
+            assert later is not None, "the documents that any epoch reads fill a row together"
+            stream = self._stream(np.concatenate([stream.order, self._document_order(later)]))
+            epoch = later
+        return stream
+
+    def _stream(self, order: NDArray[Any]) -> Stream:
+        """The documents with these numbers in a line."""
         sizes = [np.zeros(1, np.int64)]
         for first in range(0, len(order), BLOCK << 14):  # a million documents at a time
             lengths = self.documents.lengths[order[first : first + (BLOCK << 14)]] + len(self._separator)
             sizes.append(np.add.reduceat(lengths, np.arange(0, len(lengths), BLOCK)))
         begins = np.cumsum(np.concatenate(sizes))
-        return Stream(order, begins[:-1], int(begins[-1] - len(self._separator)) // self._room)
+        size = max(0, int(begins[-1]) - len(self._separator))
+        return Stream(order, begins[:-1], size, size // self._room)
 
     @override
     def _cut(self, layout: Stream, number: int) -> Row:
-        number %= layout.rows  # an order may hold less than it promised
         first, last = number * self._room, (number + 1) * self._room  # places in the stream, last exclusive
         documents, begins = self._between(layout, first, last)
         met = slice(np.searchsorted(begins, first, "right") - 1, np.searchsorted(begins, last))

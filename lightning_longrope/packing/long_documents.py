@@ -39,7 +39,8 @@ class LongDocumentRows(Rows[Pieces]):
     """Rows of policy ``document``; see the drawing at the top of this module.
 
     Where an ``order`` gives other documents every epoch, every epoch has as many rows as epoch 0: one with more rows
-    leaves the last ones out, one with fewer begins again.
+    leaves the last ones out, one with fewer begins again. An epoch without a document that is long enough reads those
+    of the next one that has some.
     """
 
     policy = "document"
@@ -49,7 +50,7 @@ class LongDocumentRows(Rows[Pieces]):
         self._room = self.seq_len - len(self._head)
         pieces = self._lay_out(0)
         if not len(pieces.order):
-            raise ValueError(_none_long_enough(self.documents.lengths, self.seq_len))
+            raise ValueError(_none_long_enough(self._read_lengths, self.seq_len))
         rows = int(pieces.ends[-1])
         self.tail = int(self.documents.lengths[pieces.order].sum()) + len(self._foot) * len(pieces.order)
         self.tail -= rows * self._room
@@ -58,8 +59,7 @@ class LongDocumentRows(Rows[Pieces]):
 
     @override
     def _lay_out(self, epoch: int) -> Pieces:
-        order = self._document_order(epoch)
-        order = order[self.documents.lengths[order] >= self.seq_len]
+        order = self._usable_order(epoch, self.documents.lengths >= self.seq_len)
         counts, slack = np.divmod(self.documents.lengths[order] + len(self._foot), self._room)
         offsets = np.zeros_like(slack)
         if self.shuffle:

@@ -48,8 +48,7 @@ class MixedRows(Rows[None]):
                 f"`short_seq_len` must be at least 4 and below `seq_len` {options['seq_len']}, got {short_seq_len}."
             )
         self.short_seq_len, self.short_share = short_seq_len, short_share
-        own = {"order", "order_tokens"}
-        self._options = {name: value for name, value in options.items() if name not in own}
+        self._options = {name: value for name, value in options.items() if name != "order"}
         super().__init__(documents, **options)
         self.long.extra_rows = self.extra_rows
 
@@ -73,19 +72,18 @@ class MixedRows(Rows[None]):
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the documents of short and of long rows, each in increasing order."""
         lengths = self.documents.lengths
-        tokens = lengths if self._order is None else lengths * np.bincount(self._order(0), minlength=len(lengths))
+        read = np.ones(len(lengths)) if self._order is None else self._order.multiplicities
+        tokens = lengths * read
         mixed = epoch_permutation(len(lengths), seed=self.seed, epoch=0, stream=4)  # so that ties are drawn
         by_length = mixed[np.argsort(lengths[mixed], kind="stable")]
         held = np.cumsum(tokens[by_length])
         count = int(np.searchsorted(held, self.short_share * held[-1], "right"))
-        return np.sort(by_length[:count]), np.sort(by_length[count:])
+        short, long = np.sort(by_length[:count]), np.sort(by_length[count:])
+        return short[read[short] > 0], long[read[long] > 0]
 
     def _ordered(self, members: NDArray[np.int64]) -> dict[str, Any]:
-        """``order`` and ``order_tokens`` of a part of the documents."""
-        if self._order is None:
-            return {}
-        part = OrderOfPart(self._order, members)
-        return {"order": part, "order_tokens": int(self.documents.lengths[members[part(0)]].sum())}
+        """``order`` of a part of the documents."""
+        return {} if self._order is None else {"order": OrderOfPart(self._order, members)}
 
     @property
     @override
@@ -126,13 +124,37 @@ class MixedRows(Rows[None]):
 
 @dataclass(frozen=True)
 class OrderOfPart:
-    """The order of an epoch as far as it is of some documents, by their numbers among those."""
+    """An order as far as it is of some documents, by their numbers among those; an ``Order`` too.
 
-    order: Order
+    Attributes:
+        whole: The order.
+        members: Numbers of the documents, increasing, [M] int64.
+    """
+
+    whole: Order
     members: NDArray[np.int64]
 
-    def __call__(self, epoch: int) -> NDArray[np.int64]:
+    @property
+    def multiplicities(self) -> NDArray[np.float64]:
+        """How often an epoch reads each of the documents, on average, [M]."""
+        return self.whole.multiplicities[self.members]
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
         """Numbers of the epoch's documents among ``members``."""
-        numbers = np.asarray(self.order(epoch))
+        numbers = np.asarray(self.whole.order(epoch))
         places = np.minimum(np.searchsorted(self.members, numbers), len(self.members) - 1)
         return places[self.members[places] == numbers]
+
+    def least(self, sizes: NDArray[np.int64]) -> int:
+        """No epoch reads documents of ``members`` of a smaller size together, [M] int64 being the size of each."""
+        return self.whole.least(self._spread(sizes))
+
+    def next_epoch(self, epoch: int, wanted: NDArray[np.bool_]) -> int | None:
+        """The first epoch from ``epoch`` on that reads one of ``members`` that is ``wanted``, [M]."""
+        return self.whole.next_epoch(epoch, self._spread(wanted))
+
+    def _spread(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values of the documents among those of all, where the others have 0."""
+        spread = np.zeros(len(self.whole.multiplicities), values.dtype)
+        spread[self.members] = values
+        return spread

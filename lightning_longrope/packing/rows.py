@@ -6,9 +6,9 @@ asked for.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,23 @@ from lightning_longrope.packing.documents import Documents, epoch_permutation
 IGNORED = -100
 """Label of a token that is not to be predicted."""
 
-Order = Callable[[int], NDArray[np.int64]]
-"""Document numbers of an epoch, repeats allowed; a pure function of the epoch."""
+
+class Order(Protocol):
+    """Which of D documents an epoch reads, where it does not read each of them once; ``Mixture`` is one."""
+
+    @property
+    def multiplicities(self) -> NDArray[np.float64]:
+        """How often an epoch reads each document, on average, [D]; 0 for one that no epoch reads."""
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Document numbers of an epoch, repeats allowed; a pure function of the epoch."""
+
+    def least(self, sizes: NDArray[np.int64]) -> int:
+        """No epoch reads documents of a smaller size together, [D] int64 being the size of each."""
+
+    def next_epoch(self, epoch: int, wanted: NDArray[np.bool_]) -> int | None:
+        """The first epoch from ``epoch`` on that reads one of the documents ``wanted``, [D]; None if none ever does."""
+
 
 Layout = TypeVar("Layout")
 
@@ -106,8 +121,7 @@ class Rows(ABC, Generic[Layout]):
         shuffle: False keeps the documents and rows in their order in every epoch.
         extra_share: Share of all rows, in [0, 1), that the caller makes in another way: they get places among ours and
             the numbers from ``text_rows`` on.
-        order: Document numbers of an epoch where they are not a permutation of all.
-        order_tokens: The least number of text tokens the order of any epoch holds; given with ``order``.
+        order: Which documents an epoch reads, where that is not each of them once.
 
     Raises:
         ValueError: If ``seq_len`` is below 4, ``extra_share`` is out of range or the documents do not fill one row.
@@ -131,19 +145,17 @@ class Rows(ABC, Generic[Layout]):
         shuffle: bool = True,
         extra_share: float = 0.0,
         order: Order | None = None,
-        order_tokens: int | None = None,
     ) -> None:
         if seq_len < 4:
             raise ValueError(f"`seq_len` must be at least 4 (BOS, two tokens of text, EOS), got {seq_len}.")
         if not 0 <= extra_share < 1:
             raise ValueError(f"`extra_share` must be at least 0 and below 1, got {extra_share}.")
-        assert (order is None) == (order_tokens is None), "`order` and `order_tokens` go together"
         self.documents, self.seq_len, self.seed, self.shuffle = documents, seq_len, seed, shuffle
         self.bos, self.eos = bos, eos
         self._head = np.array([bos] if bos is not None else [], np.int64)
         self._foot = np.array([eos] if eos is not None else [], np.int64)
         self._order = order
-        self.order_tokens = documents.total if order_tokens is None else order_tokens
+        self.order_tokens = documents.total if order is None else order.least(documents.lengths)
         self._entered: tuple[int, NDArray[Any], Layout] | None = None
         self.text_rows = self._count()
         self.extra_rows = round(self.text_rows * extra_share / (1 - extra_share))
@@ -211,7 +223,26 @@ class Rows(ABC, Generic[Layout]):
         """Numbers of the epoch's documents, an unsigned integer type."""
         if self._order is None:
             return self._shuffled(len(self.documents), epoch, stream=0)
-        return _compact(np.asarray(self._order(epoch)), len(self.documents))
+        return _compact(np.asarray(self._order.order(epoch)), len(self.documents))
+
+    def _usable_order(self, epoch: int, usable: NDArray[np.bool_] | None = None) -> NDArray[Any]:
+        """The epoch's documents that are ``usable``, [D], in its order; all where that is None.
+
+        Of an epoch without any, those of the next that has some; empty only if none ever has.
+        """
+        order = self._document_order(epoch)
+        order = order if usable is None else order[usable[order]]
+        if len(order) or self._order is None:
+            return order
+        wanted = np.ones(len(self.documents), bool) if usable is None else usable
+        later = self._order.next_epoch(epoch, wanted)
+        return order if later is None else self._usable_order(later, usable)
+
+    @property
+    def _read_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document that is read in any epoch."""
+        lengths = self.documents.lengths
+        return lengths if self._order is None else lengths[self._order.multiplicities > 0]
 
     def _shuffled(self, size: int, epoch: int, stream: int) -> NDArray[Any]:
         if not self.shuffle:

@@ -22,8 +22,9 @@ def summary():
     tokens = np.zeros(int(lengths.sum()), np.uint16)
     documents = Documents(tokens, np.cumsum(lengths) - lengths, lengths, np.array(SOURCES, np.uint16), ("a", "b", "c"))
     mixture = Mixture(lengths, documents.sources, documents.source_names, {"a": 1, "b": 1, "c": 2}, 1024, 3.0)
-    order = {"order": mixture.order, "order_tokens": mixture.least_tokens}
-    return summarise("train", documents, make_rows("concat", documents, seq_len=128, bos=0, eos=1, **order), mixture)
+    return summarise(
+        "train", documents, make_rows("concat", documents, seq_len=128, bos=0, eos=1, order=mixture), mixture
+    )
 
 
 def test_every_document_is_counted_in_its_source_and_class(summary):

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lightning_longrope.mixing import Mixture, _Stratum
@@ -79,13 +79,13 @@ def test_multiplicities_give_every_source_exactly_its_share_and_epochs_keep_to_t
 
 
 @given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=12),
+    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=12),
+    wanted=st.integers(1, 2**12 - 1),
     step=st.integers(1, 3 * ONE) | st.sampled_from([ONE // 8, 3 * ONE // 8, ONE // 2, ONE, 5 * ONE // 4]),
     epoch=st.integers(0, 2000),
     begin=st.integers(0, ONE - 1),
 )
-def test_a_stratum_is_a_walk_along_the_line_and_its_least_tokens_are_the_least(lengths, step, epoch, begin):
-    lengths = sorted(lengths)
+def test_a_stratum_is_a_walk_along_the_line_and_its_least_is_the_least(lengths, wanted, step, epoch, begin):
     stratum = _Stratum(np.arange(len(lengths)), step, begin)
 
     def walk(place):
@@ -98,8 +98,25 @@ def test_a_stratum_is_a_walk_along_the_line_and_its_least_tokens_are_the_least(l
     totals = [
         sum(c * n for c, n in zip(walk(place + side), lengths, strict=True)) for place in rests for side in (0, -1)
     ]
-    assert stratum.least_tokens(np.array(lengths)) == min(totals)
-    assert max(totals) - min(totals) <= 2 * max(lengths)
+    assert stratum.least(np.array(lengths)) == min(totals)
+    if lengths == sorted(lengths):
+        assert max(totals) - min(totals) <= 2 * max(lengths)
+    marked = np.array([bool(wanted >> i & 1) for i in range(len(lengths))])
+    if marked.any() and step > ONE // 100:
+        nearest = next(e for e in range(epoch, epoch + 101) if np.array(walk(begin + e * step))[marked].any())
+        assert stratum.next_epoch(epoch, marked) == nearest
+
+
+@given(CASES, st.integers(0, 20), st.integers(0, 2**25 - 1))
+def test_the_next_epoch_that_reads_one_of_some_documents_is_found_without_trying(case, epoch, wanted):
+    exact = expected(case)
+    assume(exact is not None)
+    mixed, wanted = build(case), np.array([bool(wanted >> i & 1) for i in range(len(case["lengths"]))])
+    found = mixed.next_epoch(epoch, wanted)
+    assert (found is None) == (not any(m for m, one in zip(exact, wanted, strict=True) if one))
+    for earlier in range(epoch, epoch + 40 if found is None else min(found, epoch + 40)):
+        assert not wanted[mixed.order(earlier)].any()
+    assert found is None or wanted[mixed.order(found)].any()
 
 
 def test_epochs_are_those_of_the_drawing():

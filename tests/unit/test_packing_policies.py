@@ -13,6 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lightning_longrope.mixing import Mixture
 from lightning_longrope.packing import IGNORED, ConcatRows, Documents, make_rows
 from lightning_longrope.packing.best_fit import best_fit_decreasing
 
@@ -91,9 +92,7 @@ def naive_best_fit(sizes, capacity):
     return sorted(rooms)
 
 
-@given(
-    st.integers(3, 60).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), min_size=1, max_size=80)))
-)
+@given(st.integers(3, 60).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=80))))
 def test_best_fit_is_the_textbooks(case):
     capacity, sizes = case
     bins = best_fit_decreasing(np.array(sizes), capacity)
@@ -246,26 +245,112 @@ def test_a_row_is_a_function_of_seed_epoch_and_number_alone(policy):
     assert epoch_of(still, 0) == epoch_of(still, 1)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("empty", [False, True])
-def test_an_order_says_which_documents_an_epoch_reads(policy, empty):
-    """Even epochs read the first half of the documents twice, odd ones all of them once."""
+class Alternating:
+    """Even epochs read the first half of 60 documents twice, or once, odd ones all of them once."""
 
-    def order(epoch):
-        half = np.tile(np.arange(30), 1 if empty else 2)
+    multiplicities = np.ones(60)
+
+    def __init__(self, times):
+        self.times = times
+
+    def order(self, epoch):
+        half = np.tile(np.arange(30), self.times)
         return np.random.default_rng(epoch).permutation(np.arange(60) if epoch % 2 else half)
 
+    def least(self, sizes):
+        return min(int(sizes[self.order(epoch)].sum()) for epoch in range(2))
+
+    def next_epoch(self, epoch, wanted):
+        return next(epoch for epoch in range(epoch, epoch + 2) if wanted[self.order(epoch)].any())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_order_says_which_documents_an_epoch_reads(policy, times):
+    order = Alternating(times)
     lengths = np.random.default_rng(1).integers(10, 50, 60)
-    tokens = min(int(lengths[order(epoch)].sum()) for epoch in range(2))
-    rows = rows_of(policy, lengths, order=order, order_tokens=tokens)
+    rows = rows_of(policy, lengths, order=order)
     first_half = int(lengths[:30].sum())
     for epoch in range(4):
         found = [token for row in epoch_of(rows, epoch) for token in row if token >= FIRST]
         assert len(epoch_of(rows, epoch)) == len(rows)
         assert (max(found) >= FIRST + first_half) == bool(epoch % 2)
         if policy != "document":  # which leaves the short ones out
-            assert len(found) > 0.8 * tokens
-    assert epoch_of(rows, 1) == epoch_of(rows_of(policy, lengths, order=order, order_tokens=tokens), 1)
+            assert len(found) > 0.8 * order.least(lengths)
+    assert epoch_of(rows, 1) == epoch_of(rows_of(policy, lengths, order=order), 1)
+
+
+scarce = st.integers(2, 7).flatmap(
+    lambda count: st.fixed_dictionaries(
+        {
+            "lengths": st.lists(st.integers(5, 60), min_size=count, max_size=count),
+            "sources": st.lists(st.integers(0, 1), min_size=count, max_size=count),
+            "rare": st.floats(0, 0.3),
+            "seed": st.integers(0, 99),
+        }
+    )
+)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(scarce)
+def test_scarce_documents_give_every_epoch_its_rows_or_are_refused_at_once(policy, case):
+    """Few documents of which an epoch reads none, or none long enough, or too few to fill a row."""
+    lengths, sources = np.array(case["lengths"]), np.array(case["sources"])
+    assume(len(set(case["sources"])) == 2)
+    order = Mixture(lengths, sources, "ab", {"a": 1 - case["rare"], "b": case["rare"]}, seed=case["seed"])
+    read = lengths[(sources == 0) | (case["rare"] > 0)]
+    usable = {
+        "concat": read.sum() + 2 * (len(read) - 1) >= 22,
+        "document": read.max() >= 24,
+        "best_fit": True,
+    }
+    try:
+        rows = rows_of(policy, lengths, order=order, seed=case["seed"])
+    except ValueError:
+        assert not usable.get(policy, False)
+        return
+    assert usable.get(policy, True)
+    owner, epochs = owners(lengths), [epoch_of(rows, epoch) for epoch in range(6)]
+    for epoch in epochs:
+        assert len(epoch) == len(rows) > 0
+        text = {owner[token] for row in epoch for token in row if token >= FIRST}
+        assert all(order.multiplicities[number] for number in text)
+    assert epoch_of(rows_of(policy, lengths, order=order, seed=case["seed"]), 5) == epochs[5]  # before all others
+
+
+def test_an_epoch_without_a_long_document_reads_those_of_the_next_that_has_one():
+    lengths, sources = np.array([40] + [10] * 200), np.array([1] + [0] * 200)
+    order = Mixture(lengths, sources, "ab", {"a": 0.997, "b": 0.003}, seed=0)
+    assert 0.1 < order.multiplicities[0] < 0.2
+    assert not (order.order(0) == 0).any()  # so epoch 0 alone would be called too short
+    rows = rows_of("document", lengths, order=order)
+    assert len(rows) == 1
+    texts = {tuple(epoch_of(rows, epoch)[0]) for epoch in range(20)}
+    assert {owners(lengths)[token] for text in texts for token in text if token >= FIRST} == {0}
+    assert len(texts) > 1  # from another place in it now and then
+    none_read = Mixture(lengths, sources, "ab", {"a": 1, "b": 0})
+    with pytest.raises(ValueError, match="at least `seq_len` 24 tokens, but the longest of 200 has 10"):
+        rows_of("document", lengths, order=none_read)
+
+
+@given(st.integers(0, 99), st.sampled_from([3, 20]), st.sampled_from(MARKERS))
+def test_rows_of_a_mixture_leave_out_what_they_say_and_less_than_documents_an_epoch_may_lack(seed, mean, markers):
+    """Short documents: with most of the stream separators, rows counted by text alone left a tenth of it out."""
+    rng = np.random.default_rng(seed)
+    lengths, sources = rng.integers(mean // 2 + 1, 3 * mean // 2 + 1, 150), rng.integers(0, 2, 150)
+    order = Mixture(lengths, sources, "ab", {"a": 0.7, "b": 0.3}, seed=seed)
+    bos, eos = markers
+    rows = rows_of("concat", lengths, order=order, bos=bos, eos=eos)
+    separator = 1 if bos == eos and bos is not None else (bos is not None) + (eos is not None)
+    room = 24 - (bos is not None) - (eos is not None)
+    for epoch in range(3):
+        held = sum(token >= FIRST for row in epoch_of(rows, epoch) for token in row)
+        left_out = int(lengths[order.order(epoch)].sum()) - held
+        # less than a row, and what an epoch can have more than the shortest: two documents of each of the two sources
+        assert 0 <= left_out < room + 4 * (int(lengths.max()) + separator)
+        if epoch == 0:
+            assert left_out <= rows.tail < room + 4 * (int(lengths.max()) + separator)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
