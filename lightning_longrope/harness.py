@@ -22,7 +22,7 @@ from lightning_longrope.scoring import continuation_scores
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
-GENERATED_TOKENS = 256  # where a task sets no limit of its own
+GENERATED_TOKENS = 256  # where a task sets no limit of its own, and at most half of the length
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 Request = tuple[list[int], list[int]]
@@ -208,7 +208,16 @@ def harness_model(
 def log_likelihoods(
     model: Any, requests: Sequence[Request], max_length: int, batch_tokens: int, ranks: Ranks
 ) -> list[tuple[float, bool]]:
-    """Log-probability of every continuation and whether greedy decoding would give it; rows met twice run once."""
+    """Log-probability of every continuation and whether greedy decoding would give it; rows met twice run once.
+
+    Raises:
+        ValueError: If a continuation has more than ``max_length`` tokens; contexts lose their beginning.
+    """
+    if (longest := max((len(continuation) for _, continuation in requests), default=0)) > max_length:
+        raise ValueError(
+            f"A task asks for the likelihood of a continuation of {longest} tokens, more than the longest of `lengths`,"
+            f" {max_length}: give a length of at least {longest}."
+        )
     rows: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(requests):
         rows.setdefault(tuple([*context, *continuation][-max_length - 1 : -1]), []).append(number)
@@ -244,12 +253,20 @@ def generate(model: Any, tokenizer: Any, context: Sequence[int], options: dict[s
         context: Tokens of the prompt.
         options: The harness's: ``until``, a limit of tokens, and arguments of ``generate``.
         max_length: Most tokens of prompt and continuation; the prompt loses its beginning.
+
+    Raises:
+        ValueError: If the limit of tokens leaves no room for a prompt.
     """
     rest = dict(options)
     until = rest.pop("until", None) or []
     stops = [text for text in ([until] if isinstance(until, str) else until) if text]
-    limits = [rest.pop(name) for name in _LIMITS if name in rest]
-    tokens = int(limits[0]) if limits else GENERATED_TOKENS
+    limits = {name: int(rest.pop(name)) for name in _LIMITS if name in rest}
+    name, tokens = next(iter(limits.items()), ("", max(1, min(GENERATED_TOKENS, max_length // 2))))
+    if name and tokens >= max_length:
+        raise ValueError(
+            f"A task sets `{name}` to {tokens}, which leaves no room for its prompt in the longest of `lengths`,"
+            f" {max_length}: give a length above {tokens}."
+        )
     sampled = bool(rest.pop("do_sample", rest.get("temperature", 0.0) > 0))
     if not sampled:
         rest = {name: value for name, value in rest.items() if name not in ("temperature", "top_p", "top_k")}

@@ -16,7 +16,7 @@ from small_tokenizers import TEXT, byte_level
 
 from lightning_longrope import RescaleFactors, export_model, install_factors, load_model, scoring
 from lightning_longrope.__main__ import main
-from lightning_longrope.harness import Ranks, harness_model, log_likelihoods, measurements, run_tasks
+from lightning_longrope.harness import Ranks, generate, harness_model, log_likelihoods, measurements, run_tasks
 from lightning_longrope.scoring import continuation_scores
 
 pytest.importorskip("lm_eval")
@@ -143,6 +143,44 @@ def test_continuations_of_rows_of_different_lengths_agree_with_the_stock_forward
         assert hit == bool((found.argmax(-1) == chosen).all())
     assert right[1]
     assert not right.all()
+
+
+def test_a_continuation_is_scored_whole_or_refused():
+    model = tiny_llama(max_position_embeddings=64)
+    context, continuation = [5, 6, 7], list(range(20, 32))
+    (likelihood, _), *_ = log_likelihoods(model, [(context, continuation)], 12, 1000, Ranks())
+    with torch.no_grad():  # the last 12 tokens that predict: one of the context, and all but the last that follow
+        found = model(torch.tensor([context[-1:] + continuation[:-1]])).logits[0].double().log_softmax(-1)
+    assert likelihood == pytest.approx(found.gather(1, torch.tensor(continuation)[:, None]).sum().item(), abs=1e-4)
+    with pytest.raises(ValueError, match="continuation of 12 tokens, more than the longest of `lengths`, 11: give"):
+        log_likelihoods(model, [([5], [6]), (context, continuation)], 11, 1000, Ranks())
+
+
+@pytest.mark.parametrize(
+    ("max_length", "options", "kept", "new"),
+    [(1024, {}, 768, 256), (256, {}, 128, 128), (256, {"max_gen_toks": 250}, 6, 250), (1, {}, 1, 1)],
+)
+def test_a_prompt_keeps_at_least_half_of_the_length_where_the_task_sets_no_limit(
+    extended, monkeypatch, max_length, options, kept, new
+):
+    model, tokenizer = extended
+    asked = []
+
+    def generated(input_ids, **settings):
+        asked.append((input_ids[0].tolist(), settings["max_new_tokens"]))
+        return input_ids
+
+    monkeypatch.setattr(model, "generate", generated)
+    context = [number % 700 for number in range(2000)]
+    generate(model, tokenizer, context, options, max_length)
+    assert asked == [(context[-kept:], new)]
+
+
+@pytest.mark.parametrize("limit", [{"max_gen_toks": 64}, {"max_new_tokens": 1000}])
+def test_a_limit_that_leaves_no_room_for_the_prompt_is_refused(extended, limit):
+    ((name, tokens),) = limit.items()
+    with pytest.raises(ValueError, match=f"sets `{name}` to {tokens}, which leaves no room .* 64: give a length above"):
+        generate(*extended, [1, 2, 3], limit, 64)
 
 
 def test_rows_are_scored_with_the_tables_of_their_own_lengths():
