@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from lightning_longrope.datamodules.readers import expand, read_documents
+from lightning_longrope.datamodules.readers.files import PACKED
 
 TEXTS = ["first\nline", "zweiter Text: äöü 漢字", " ", "line\u2028separator stays", "x" * 3_000_000]
 
@@ -127,6 +128,29 @@ def test_an_archive_that_is_cut_off_is_an_error_even_where_a_line_ends(tmp_path,
     after.write_bytes(jsonl(["later"]))
     assert read(path, after, on_error="skip")[-1].text == "later"
     assert "Skipped" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "txt"])
+@pytest.mark.parametrize("packed", ["gz", "zst"])
+def test_an_archive_of_no_bytes_is_damaged_and_one_of_nothing_is_not(tmp_path, kind, packed):
+    path = tmp_path / f"a.{kind}.{packed}"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="record 1: the file is cut off or damaged \\(it is empty\\)"):
+        read(path)
+    path.write_bytes(gzip.compress(b"") if packed == "gz" else zstandard.ZstdCompressor().compress(b""))
+    assert [item.kind for item in read_documents([path], on_error="skip").items()] == ["empty"] * (kind == "txt")
+
+
+@pytest.mark.parametrize("padding", [1, PACKED[".gz"], 3 * PACKED[".gz"] + 1])
+def test_zeros_behind_a_gzip_file_are_padding_however_many(tmp_path, padding):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl(["a"])) + bytes(padding))
+    assert [document.text for document in read(path)] == ["a"]
+    path.write_bytes(gzip.compress(jsonl(["a"])) + bytes(padding) + gzip.compress(jsonl(["b"])))
+    assert [document.text for document in read(path)] == ["a", "b"]
+    path.write_bytes(bytes(padding))
+    with pytest.raises(ValueError, match="record 1: the file is cut off or damaged"):
+        read(path)
 
 
 def test_a_zstandard_file_without_its_last_frame_end_is_noticed(tmp_path):

@@ -313,28 +313,32 @@ def _plain(file: Path, meter: Meter, size: int = CHUNK) -> Iterator[bytes]:
 
 def _gzip(file: Path, meter: Meter) -> Iterator[bytes]:
     """Unlike ``gzip.open`` this gives all there is of a file that is cut off, before it is an error."""
-    member = None
+    member, begun = None, False
     for chunk in _plain(file, meter, PACKED[".gz"]):
+        if begun and member is None:
+            chunk = chunk.lstrip(b"\0")  # padding behind the last member may be long
         while chunk:
+            begun = True
             member = member or zlib.decompressobj(wbits=31)
             yield member.decompress(chunk)
             chunk = member.unused_data.lstrip(b"\0") if member.eof else b""
             member = None if member.eof else member
-    if member is not None:
-        raise EOFError("it ends before its end mark")
+    if member is not None or not begun:
+        raise EOFError("it ends before its end mark" if begun else "it is empty")
 
 
 def _zstd(file: Path, meter: Meter) -> Iterator[bytes]:
     """Unlike ``zstandard.open`` this reads every frame of the file, and a file that is cut off is an error."""
-    frame = None
+    frame, begun = None, False
     for chunk in _plain(file, meter, PACKED[".zst"]):
         while chunk:
+            begun = True
             frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             yield frame.decompress(chunk)
             chunk = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the last frame is not complete")
+    if frame is not None or not begun:
+        raise EOFError("the last frame is not complete" if begun else "it is empty")
 
 
 _UNPACK: dict[str, Chunks] = {"": _plain, ".gz": _gzip, ".zst": _zstd}
