@@ -131,7 +131,8 @@ def find_checkpoint(run: Path) -> Path:
     """
     if (is_checkpoint(run) and run.exists()) or (run / "config.json").exists():
         return run
-    found = sorted(run.glob(f"*/{CHECKPOINT}"), key=lambda path: int(path.parts[-3].split("-")[0]))
+    stages = {path: path.parts[-3].split("-")[0] for path in run.glob(f"*/{CHECKPOINT}")}
+    found = sorted((path for path, number in stages.items() if number.isdecimal()), key=lambda path: int(stages[path]))
     candidates = [run / CHECKPOINT] if (run / CHECKPOINT).exists() else found
     if not candidates:
         raise ValueError(f"No checkpoint in {run}: expected a .ckpt, a model folder, or a run with {CHECKPOINT}.")

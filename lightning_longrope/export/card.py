@@ -93,7 +93,7 @@ def model_card(
     versions = {"lightning_longrope": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return environment.get_template("card.md.j2").render(
         name=name,
-        base_id=origin.base if origin.base and re.fullmatch(r"[\w.-]+/[\w.-]+", origin.base) else None,
+        base_id=origin.base if origin.base and _is_hub_name(origin.base) else None,
         model_type=config.model_type,
         window=tables.longest.original_length,
         target=tables.longest.target_length,
@@ -106,6 +106,11 @@ def model_card(
         results=list(_results(origin.results)),
         versions=versions,
     )
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a model's name is one of the hub rather than a folder here, which may look the same."""
+    return re.fullmatch(r"[^\W.][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _shape(table: RescaleFactors) -> str:

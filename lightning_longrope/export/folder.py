@@ -72,7 +72,8 @@ def export_model(
         RuntimeError: If the folder read back is not the model.
     """
     folder, model = Path(folder), _merged(model)
-    _check_free(folder)
+    place = folder.resolve()  # where a link leads, and the link stays
+    _check_free(folder, place)
     tables = _tables(model, short)
     plain = tables and plain_tables(tables)
     losses = what_is_lost(model, tables, plain, example) if tables and plain else []
@@ -80,7 +81,7 @@ def export_model(
     config, kept = copy.deepcopy(model.config), tables if custom_code else plain
     if tables is not None:
         _rescale(config.get_text_config(), tables)
-    with _written_whole(folder) as partial:
+    with _written_whole(place) as partial:
         if tables is not None and custom_code:
             write_code(partial, model, config, tables)
         with _configs_of(model, config, _generation_config(model, tables)):
@@ -90,7 +91,14 @@ def export_model(
         if kept is not None:
             kept.save(partial / FACTORS_FILE)
             _save_csv(kept, partial)
-            card = model_card(folder.name, config.get_text_config(), kept, losses, custom_code, origin or Origin())
+            card = model_card(
+                place.name if folder.name in ("", "..") else folder.name,
+                config.get_text_config(),
+                kept,
+                losses,
+                custom_code,
+                origin or Origin(),
+            )
             write_text(partial / "README.md", card)
         _verify(AutoModelForCausalLM, partial, model, plain)
         if tables is not None and custom_code:
@@ -184,8 +192,10 @@ def _save_csv(tables: LengthTables, folder: Path) -> None:
         table.save_csv(folder / f"rescale_factors{length}.csv")
 
 
-def _check_free(folder: Path) -> None:
-    """Refuses to replace anything but an earlier export."""
+def _check_free(folder: Path, place: Path) -> None:
+    """Refuses to replace anything but an earlier export, and the folder one is in; ``place`` is where ``folder`` is."""
+    if Path.cwd().is_relative_to(place):
+        raise ValueError(f"{folder} is the current folder or one above it: give another folder to export to.")
     if folder.is_file():
         raise ValueError(f"{folder} is a file: give a folder to export to.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / FACTORS_FILE).is_file():

@@ -92,6 +92,7 @@ def _copy(gguf: Any, reader: Any, out: Path, architecture: str, tables: LengthTa
     """Writes the entries and weights of a file with the tables among them."""
     longest, little = tables.longest, gguf.GGUFEndian.LITTLE
     writer = gguf.GGUFWriter(out, architecture, endianess=getattr(reader, "endianess", little))
+    writer.data_alignment = reader.alignment  # which `general.alignment`, copied below, says
     written = {"general.architecture", f"{architecture}.context_length"}
     for field in reader.fields.values():
         known = field.name.startswith("GGUF.") or field.name in written

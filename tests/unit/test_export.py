@@ -201,6 +201,27 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path):
         export_model(model, None, tmp_path / "file")
 
 
+def test_an_export_goes_where_a_link_leads_and_never_over_the_folder_one_is_in(tmp_path, monkeypatch):
+    model = tiny_llama()
+    install_factors(model, _factors(model))
+    (tmp_path / "big").mkdir()
+    (tmp_path / "hf").symlink_to("big/real")
+    for _ in range(2):
+        assert export_model(model, None, tmp_path / "hf") == tmp_path / "hf"
+        assert (tmp_path / "hf").is_symlink()
+        assert sorted(path.name for path in (tmp_path / "big").iterdir()) == [".real.lock", "real"]
+        assert "# hf" in (tmp_path / "big/real/README.md").read_text()
+    assert installed_factors(load_model(tmp_path / "hf")) == installed_factors(model)
+    here = tmp_path / "here" / "below"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for folder in (".", "..", here, tmp_path, "/"):
+        with pytest.raises(ValueError, match="is the current folder or one above it: give another folder"):
+            export_model(model, None, folder)
+    assert list(here.iterdir()) == []
+    export_model(model, None, "../next")
+
+
 @pytest.mark.parametrize("broken", ["short", "long", "attention", "theta", "weights", "epsilon"])
 def test_an_export_that_is_not_the_model_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, broken):
     # a base that is a little off shows in the angles only, where the logits are those of bfloat16

@@ -78,6 +78,29 @@ def test_the_tables_are_in_the_file_and_the_rest_is_as_it_was(source, tmp_path):
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "out" / "long.gguf").read_bytes()
 
 
+@pytest.mark.parametrize("alignment", [16, 64])
+def test_a_file_that_aligns_its_weights_in_another_way_keeps_it(tmp_path, alignment):
+    values = [np.arange(size, dtype=np.float32) for size in (96, 4, 56)]
+    for padding in range(0, 64, 8):  # the weights begin at another place behind the entries each time
+        writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+        writer.add_custom_alignment(alignment)
+        writer.add_rope_dimension_count(16)
+        writer.add_string("general.note", "x" * padding)
+        for number, array in enumerate(values):
+            writer.add_tensor(f"blk.{number}.weight", array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        out = write_gguf(tmp_path / "model.gguf", tmp_path / "out.gguf", LengthTables((SHORT, LONG)))
+        reader = gguf.GGUFReader(out)
+        assert reader.alignment == alignment
+        found = {tensor.name: tensor for tensor in reader.tensors}
+        assert {int(tensor.data_offset) % alignment for tensor in found.values()} == {0}
+        for number, array in enumerate(values):
+            assert np.array_equal(found[f"blk.{number}.weight"].data, array)
+
+
 def test_the_command_takes_the_tables_of_a_checkpoint_or_of_files(source, tmp_path, capsys):
     model = tiny_llama()
     install_factors(model, LONG)

@@ -8,6 +8,7 @@ import yaml
 from helpers import tiny_llama
 
 from lightning_longrope import LengthTables, RescaleFactors, export_model, install_factors
+from lightning_longrope.commands.export import find_checkpoint
 from lightning_longrope.export import Origin, origin_of
 from lightning_longrope.export.card import license_of
 
@@ -88,6 +89,29 @@ def test_a_checkpoint_without_a_run_and_a_base_without_a_licence_are_no_errors(t
     assert license_of(str(run)) is license_of("not a name") is license_of("org/never-downloaded") is None
     (run / "2-tune" / "eval" / "results.csv").write_text("broken")
     assert len(origin_of(run / "2-tune" / "checkpoints" / "last.ckpt").results) == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [("org/base", "org/base"), ("models/llama", None), ("./llama", None), ("../llama", None), ("/models/llama", None)],
+)
+def test_only_a_model_of_the_hub_is_a_base_that_others_can_find(tmp_path, monkeypatch, base, shown):
+    (tmp_path / "models/llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = _card(tmp_path, lossy=True, origin=Origin(base))
+    assert _front(card).get("base_model") == shown
+
+
+@pytest.mark.parametrize(("stages", "newest"), [(("2-tune", "10-tune", "old", "x-1"), "10-tune"), (("old",), None)])
+def test_the_checkpoint_is_that_of_the_last_numbered_stage(tmp_path, stages, newest):
+    for stage in stages:
+        (tmp_path / stage / "checkpoints").mkdir(parents=True)
+        (tmp_path / stage / "checkpoints/last.ckpt").write_text("")
+    if newest:
+        assert find_checkpoint(tmp_path) == tmp_path / newest / "checkpoints/last.ckpt"
+        return
+    with pytest.raises(ValueError, match="No checkpoint in"):
+        find_checkpoint(tmp_path)
 
 
 def test_generation_and_csv_follow_the_tables(tmp_path):
