@@ -23,6 +23,9 @@ def data(command: str, arguments: list[str]) -> None:
     """``longrope data -c CONFIG``: counts, lengths and rows of every split, and figures of them."""
     parser = _parser()
     given, rest = parser.parse_known_args(arguments)
+    for name, least in {"rows": 0, "epoch": 0, "width": 1}.items():
+        if (value := getattr(given, name)) < least:
+            raise ValueError(f"`--{name}` must be at least {least}, got {value}.")
     words, stage, out = staged_words(rest)
     datamodule = build_datamodule(LongRoPECLI([stage.command if stage else "fit", *words], check=True))
     summaries = datamodule.summaries()

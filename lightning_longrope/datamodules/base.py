@@ -267,9 +267,9 @@ class TokenDataModule(LightningDataModule):
         markers = {"bos": self.tokenizer.bos_token_id, "eos": self.tokenizer.eos_token_id}
         rows = make_rows(policy, self.documents(split), seq_len=self.seq_len, seed=self.seed, **markers, **options)
         log.info(
-            "%s: %s rows of %d tokens, %d tokens left out, %d of padding, %d cuts in documents",
+            "%s: %s rows of %d tokens, %d tokens left out, %d of padding%s",
             *(split, ", ".join(f"{count} {kind}" for kind, count in rows.sections.items()), self.seq_len),
-            *(rows.tail, rows.padding, rows.cuts),
+            *(rows.tail, rows.padding, "" if policy == "concat" else f", {rows.cuts} cuts in documents"),
         )
         return rows
 

@@ -25,12 +25,13 @@ def summary_text(summary: SplitSummary) -> str:
         else ""
     )
     tokens = total * rows.seq_len
+    cuts = "" if rows.policy == "concat" else f"; {rows.cuts:,} cuts in documents"  # which cuts nearly every row
     lines = [
         f"{summary.split}: {summary.documents:,} documents, {amount_text(summary.tokens)} tokens",
         f"  an epoch: {total:,} rows of {rows.seq_len:,} tokens by `packing: {rows.policy}`{extra}"
         f"{': ' if shares else ''}{shares}",
         f"  left out {rows.tail:,} tokens ({_percent(rows.tail / max(1, summary.tokens))});"
-        f" padding {_percent(rows.padding / tokens)}; {rows.cuts:,} cuts in documents",
+        f" padding {_percent(rows.padding / tokens)}{cuts}",
     ]
     return "\n".join([*lines, "", *_indented(_sources(summary)), "", *_indented(_lengths(summary)), ""])
 
@@ -157,4 +158,4 @@ def _clipped(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     half = width // 2
-    return f"{text[: width - half]} [\u2026 {len(text) - width:,} characters \u2026] {text[-half:]}"
+    return f"{text[: width - half]} [\u2026 {len(text) - width:,} characters \u2026] {text[len(text) - half :]}"

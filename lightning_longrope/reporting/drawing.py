@@ -142,9 +142,14 @@ def length_axis(axes: "Axes", lengths: Sequence[int], margin: float) -> None:
 
 
 def log_ticks(axes: "Axes", low: float, top: float) -> None:
-    """A logarithmic y axis from ``low`` up to ``top`` at most, with plain numbers, as many as the range needs."""
+    """A logarithmic y axis from ``low`` up to ``top`` at most, with plain numbers, as many as the range needs.
+
+    The axis stays as it is where there is no such range: of values of 0, or below.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    if not 0 < low < top:
+        return
     axes.set_yscale("log")
     high = min(axes.get_ylim()[1], top)
     axes.set_ylim(low, high)

@@ -102,8 +102,10 @@ def _result(row: dict[str, str]) -> Result:
     depth, low, high = (number(row[name]) if row[name] else None for name in ("depth", "low", "high"))
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"a depth is between 0 and 1, got {depth}")
+    if (length := whole(row["length"])) < 1:
+        raise ValueError(f"a length is at least 1 token, got {length}")
     trials = whole(row["n"]) if row["n"] else None
-    return Result(row["method"], row["metric"], whole(row["length"]), depth, number(row["value"]), low, high, trials)
+    return Result(row["method"], row["metric"], length, depth, number(row["value"]), low, high, trials)
 
 
 def join_results(stages: Sequence[Sequence[Result]]) -> tuple[Results, int]:

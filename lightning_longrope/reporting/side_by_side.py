@@ -217,9 +217,16 @@ def _settings(run: Run) -> Iterator[tuple[str, str]]:
         roots = (own, str(Path(own).parent), str(run.folder))
         for key, value in _leaves(tree):
             for root in roots if len(run.stages) > 1 else roots[::2]:
-                value = value.replace(root, "{out}")
+                value = _below_root(value, root)
             if not key.endswith("logger.init_args.id"):
                 yield f"{stage.name}: {key}", value
+
+
+def _below_root(value: str, root: str) -> str:
+    """A path in a run's own folder without the name of that folder; anything else as it is."""
+    root = root.rstrip("/")
+    inside = root not in ("", ".") and (value == root or value.startswith(f"{root}/"))
+    return f"{{out}}{value[len(root) :]}" if inside else value
 
 
 def _loaded(config: str | None) -> dict[str, Any]:

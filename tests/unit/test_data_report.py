@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from lightning_longrope.__main__ import main
 from lightning_longrope.mixing import Mixture
 from lightning_longrope.packing import Documents, Row, make_rows
 from lightning_longrope.reporting.data_figures import data_figure, data_rows, read_data_rows
@@ -42,6 +43,7 @@ def test_every_document_is_counted_in_its_source_and_class(summary):
 def test_the_text_says_what_an_epoch_reads(summary):
     text = summary_text(summary)
     assert "train: 8 documents, 11.2 k tokens" in text
+    assert "cuts in documents" not in text  # which nobody counts under `concat`
     assert re.search(r"an epoch: \d+ rows of 128 tokens by `packing: concat`", text)
     table = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("  c ")}
     cells = re.search(r"^  c +2 +9,600 +85.9 % +50.0 % +([\d.]+) +([\d.]+) +9,000$", text, re.MULTILINE)
@@ -78,6 +80,31 @@ def test_a_row_shows_where_documents_begin_and_what_is_learnt():
     assert shown[5] == "└─ 16, the last 3 padding"
     long = row_text(Row(np.full(500, ord("x")), np.full(500, ord("x")), np.zeros(1, int)), "r", decode, width=40)
     assert "[… 460 characters …]" in long
+    letters = Row(np.arange(97, 107), np.arange(97, 107), np.zeros(1, int))
+    shown = row_text(letters, "r", decode, width=1)
+    assert "│ a [… 9 characters …] \n" in shown
+
+
+def test_cuts_in_documents_are_shown_where_they_are_counted():
+    lengths = np.array([40, 9, 5])
+    documents = Documents(
+        np.zeros(54, np.uint16), np.cumsum(lengths) - lengths, lengths, np.zeros(3, np.uint16), ("a",)
+    )
+    shown = {
+        policy: summary_text(summarise("test", documents, make_rows(policy, documents, seq_len=16, bos=0, eos=1)))
+        for policy in ("best_fit", "concat", "document")
+    }
+    found = {
+        policy: re.search(r"padding [\d.]+ %(; \d+ cuts in documents)?$", text, re.M)[1]
+        for policy, text in shown.items()
+    }
+    assert found == {"best_fit": "; 2 cuts in documents", "concat": None, "document": "; 1 cuts in documents"}
+
+
+@pytest.mark.parametrize(("option", "least"), [("rows", 0), ("epoch", 0), ("width", 1)])
+def test_numbers_that_make_no_sense_are_refused_before_anything_is_built(option, least, capsys):
+    assert main(["data", f"--{option}={least - 1}", "--data=none"]) == 2
+    assert capsys.readouterr().err.strip().endswith(f"`--{option}` must be at least {least}, got {least - 1}.")
 
 
 def test_numbers_are_short():

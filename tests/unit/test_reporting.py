@@ -440,10 +440,21 @@ def test_bad_input_is_one_clear_line(tmp_path):
     write_csv(results, [("none", "perplexity", 128, "", "many", "", "", "")])
     with pytest.raises(ValueError, match=r"results.csv` line 2 is not a measurement"):
         write_report(tmp_path)
+    write_csv(results, [("none", "perplexity", 0, "", 3.0, "", "", "")])
+    with pytest.raises(ValueError, match=r"line 2 is not a measurement \(a length is at least 1 token, got 0\)"):
+        write_report(tmp_path)
     write_csv(results, [("none", 128, 3.0)], header="method,length,value")
     with pytest.raises(ValueError, match="missing depth,high,low,metric,n"):
         write_report(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval"]
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "1e-300"])
+def test_values_that_no_logarithmic_axis_has_are_drawn_all_the_same(tmp_path, value):
+    rows = [("none", "perplexity", 64, "", value, value, value, 2), ("searched", "perplexity", 64, "", 3, 2.5, 3.5, 2)]
+    write_csv(tmp_path / "eval" / "results.csv", rows)
+    write_report(tmp_path)
+    assert (tmp_path / "figures" / "perplexity.png").stat().st_size > 10_000
 
 
 def test_report_is_repeatable_and_leaves_matplotlib_and_the_folder_alone(run):

@@ -7,12 +7,13 @@ import json
 import shutil
 
 import pytest
+import yaml
 from report_runs import PERPLEXITY, measurements, write_run
 from test_reporting import Page
 
 from lightning_longrope.__main__ import main
 from lightning_longrope.reporting import read_run, write_comparison
-from lightning_longrope.reporting.side_by_side import differences
+from lightning_longrope.reporting.side_by_side import _below_root, differences
 
 
 def worse(rows):
@@ -86,6 +87,31 @@ def test_settings_that_differ_are_named_and_own_folders_are_no_difference(runs, 
         (["3-finetune: trainer.default_root_dir"], ["-", "{out}"]),
     ]
     assert "3-finetune: trainer.max_steps" in page.text
+
+
+@pytest.mark.parametrize("root", ["a", ".", "a/", "/"])
+def test_only_whole_paths_of_a_run_are_its_own_folder(tmp_path, monkeypatch, root):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        for stage in ("1-pretrain", "2-tune"):
+            own = f"{root.replace('a', name)}/{stage}" if "a" in root else root
+            settings = {
+                "default_root_dir": own.replace("//", "/"),
+                "optimizer": "adam",
+                "data": f"{name}/data",
+                "lr": "0.1",
+            }
+            (tmp_path / name / stage).mkdir(parents=True)
+            (tmp_path / name / stage / "config.yaml").write_text(yaml.safe_dump({"trainer": settings}))
+    found = differences([read_run(tmp_path / name) for name in ("a", "b")])
+    if "a" in root:  # as relative paths, and neither is a difference
+        assert found == []
+    else:
+        keys = ["1-pretrain: trainer.data", "2-tune: trainer.data"]
+        assert found == [(keys, ["a/data", "b/data"])]
+    assert _below_root("adam", "a") == "adam"
+    assert _below_root("x/a/b", "a") == "x/a/b"
+    assert [_below_root(value, "a/") for value in ("a", "a/b", "ab/b")] == ["{out}", "{out}/b", "ab/b"]
 
 
 def test_how_they_were_run(page):
