@@ -11,11 +11,15 @@ from typing import Any
 
 MARK = "REDACTED"
 
-_TELLING = r"token|(?:api|access|secret|private)[_-]?keys?|secrets?|passw(?:or)?ds?|credentials?"
+_NUMBER = r"[\"']?[ \t]*[:=][ \t]*[+-]?\d[\d._]*(?:e[+-]?\d+)?[ \t]*(?:$|[,}\]#])"
+_TELLING = (
+    r"token|(?:api|access|secret|private)[_-]?keys?|secrets?|passw(?:or)?ds?|passphrases?|credentials?"
+    rf"|auth(?:orization)?|(?<=[A-Za-z0-9][_-])key(?!{_NUMBER})"
+)
 _VARIABLE = re.compile(rf"(?i)(^|_)({_TELLING}|key|pat|auth)$")
 _SHAPES = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|wandb_v1_[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
-    r"|xox[abp]-[\w-]{10,}|AKIA[A-Z0-9]{16})"
+    r"|xox[abp]-[\w-]{10,}|AKIA[A-Z0-9]{16})|(?<=\b[Bb]earer )[^\s\"',}\]]+"
 )
 _URL_USER = re.compile(r"(:/{1,2})[^/\s@'\"]+(?=@)")  # an address taken for a path has one slash
 _URL_PART = re.compile(r"(?i)([?&](?:[\w-]*(?:token|key|signature|sig|credential|password))=)[^&\s'\"]+")

@@ -2,8 +2,10 @@
 
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_longrope.cli import LongRoPEParser
 from lightning_longrope.commands import run_command
@@ -26,6 +28,13 @@ SECRET = "b7f1c0ffee" * 4
         "path: s3://user:{}@bucket/books",
         "file: https://host/x.zst?X-Amz-Signature={}&part=3",
         "- password: {}",
+        "Authorization: {}",
+        "curl -H 'x: Bearer {}' https://host",
+        "auth: {}",
+        "ssh_passphrase: {}",
+        "wandb_key: {}",
+        "longrope fit --data.storage-key={} --seed 1",
+        '{{"encryption_key": "{}", "x": 1}}',
         "no run at /home/x/https:/user:{}@host/x",
     ],
 )
@@ -100,6 +109,10 @@ def test_a_value_is_hidden_as_far_as_it_goes(text):
     assert "seed: 1" in found or found.endswith("--seed 1")
 
 
+def test_a_scheme_before_the_secret_goes_with_it():
+    assert redact(f"headers: {{Authorization: Bearer {SECRET}, x: 1}}") == f"headers: {{Authorization: {MARK}, x: 1}}"
+
+
 def test_lines_that_have_been_joined_are_hidden_to_their_end():
     assert redact(f"api_keys: - {SECRET} - other") == f"api_keys: {MARK}"
 
@@ -172,12 +185,24 @@ def test_values_of_the_environment_are_found_anywhere(monkeypatch):
         "tokenizer: meta-llama/Llama-2-7b-hf\npasskey_share: 0.35",
         "--data.batch_tokens 4096 --trainer.callbacks+=callbacks/passkey.yaml",
         "metric: passkey/1024",
+        "author: me\nkey: value\nsort_key: 3\n{at_key: 1.5e-3, x_key: -2}\nauth: null",
+        "monkey: banana\nkeyboard: us",
         "https://example.org/page?q=1#part",
         "class_path: lightning_longrope.callbacks.PasskeyRetrieval",
     ],
 )
 def test_what_only_looks_like_a_credential_stays(text):
     assert redact(text) == text
+
+
+@pytest.mark.parametrize("folder", ["configs", "callbacks", "datamodules"])
+def test_shipped_settings_hold_nothing_that_looks_like_a_credential(folder):
+    files = sorted((Path(__file__).parents[2] / folder).rglob("*.yaml"))
+    assert len(files) > 4
+    for file in files:
+        assert redact(file.read_text()) == file.read_text()
+        settings = yaml.safe_load(file.read_text())
+        assert redact_all(settings) == settings
 
 
 def test_nested_values():
