@@ -87,7 +87,7 @@ def trained_base(name: str, seed: int, *, short: bool = False, cache: Path = CAC
         config["trainer"]["max_steps"] //= 10
     done = folder / "trained"
     if not done.exists():
-        LongRoPECLI(stage_words(replace(stage, config=config), []))
+        LongRoPECLI(stage_words(replace(stage, template=config)))
         torch.compiler.reset()
         done.touch()
     kind = HeaderTextDataModule if name == "headers" else SampleTextDataModule

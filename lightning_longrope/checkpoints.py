@@ -104,6 +104,18 @@ def read_entry(path: Path) -> dict[str, Any]:
     return entry
 
 
+def saved_step(path: Path) -> int:
+    """After how many optimizer steps a checkpoint was saved.
+
+    Raises:
+        ValueError: As ``read_checkpoint``.
+    """
+    step = _read_extra(path).get("global_step")
+    if not isinstance(step, int):
+        raise ValueError(f"{path} is damaged, or no checkpoint of a Trainer: it does not say its step.")
+    return step
+
+
 def _read_extra(path: Path) -> dict[str, Any]:
     """What Lightning has saved beside the weights; in a single file these too, mapped and not read."""
     put_back(path)

@@ -28,6 +28,7 @@ from lightning_longrope.callbacks.comparison import (
 from lightning_longrope.callbacks.factor_search import FactorSearch
 from lightning_longrope.callbacks.harness_tasks import HarnessTasks
 from lightning_longrope.callbacks.measurement import MeasuringCallback, TableAt
+from lightning_longrope.callbacks.moved_run import MovedRun
 from lightning_longrope.callbacks.peer_watch import PeerWatch
 from lightning_longrope.callbacks.retrieval import RetrievalCallback
 from lightning_longrope.callbacks.save_on_stop import SaveOnStop
@@ -335,8 +336,9 @@ class LongRoPECLI(LightningCLI):
         if not self.check:
             super().instantiate_classes()
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-            if not any(isinstance(callback, SaveOnStop) for callback in callbacks):
-                callbacks.append(SaveOnStop())
+            for kind in (MovedRun, SaveOnStop):
+                if not any(isinstance(callback, kind) for callback in callbacks):
+                    callbacks.append(kind())
             if self.trainer.strategy._checkpoint_io is None:
                 self.trainer.strategy.checkpoint_io = WholeFileIO()
             hide_words(self.trainer)

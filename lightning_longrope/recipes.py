@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from typing import Any
 from lightning_longrope.reading import is_number, read_json_object, read_yaml
 
 STAGE_NAME = re.compile(r"\d+-[A-Za-z0-9_-]+\.yaml")
+WHERE = ("--trainer.devices", "--trainer.num_nodes", "--peers.timeout")
+"""Options that say where a stage runs: one that was cut may go on elsewhere."""
+
 log = logging.getLogger("lightning_longrope")
 
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
@@ -29,14 +32,22 @@ class Stage:
     Attributes:
         name: File name without ``.yaml``.
         command: Which ``longrope`` command runs it.
-        config: Configuration of the command, ``{out}`` replaced.
+        template: Configuration of the command, with ``{out}`` in it.
         out: Output folder of the recipe.
+        overrides: Options of the command line that count for every stage, ``--trainer.max_steps 3`` and so on.
     """
 
     name: str
     command: str
-    config: dict[str, Any]
+    template: dict[str, Any]
     out: Path
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the command, ``{out}`` replaced."""
+        config: dict[str, Any] = map_texts(self.template, lambda text: text.replace("{out}", str(self.out)))
+        return config
 
     @property
     def folder(self) -> Path:
@@ -51,19 +62,52 @@ class Stage:
 
     @property
     def digest(self) -> str:
-        """Short name of the configuration, to notice when it has changed."""
-        return hashlib.sha256(json.dumps([self.command, self.config], sort_keys=True).encode()).hexdigest()[:16]
+        """Short name of the configuration and the options, to notice when they have changed.
+
+        It stays as it is when the output folder is moved, and when other devices run the stage.
+        """
+        return _digest(self.command, self.template, *([options] if (options := _deciding(self.overrides)) else []))
 
     @property
     def finished(self) -> dict[str, Any] | None:
         """What ``done.json`` says, None if the stage has not ended."""
-        path = self.folder / "done.json"
+        done = self._note("done.json")
+        if done is not None and not is_number(done.get("seconds")):
+            raise ValueError(f"{self.folder / 'done.json'} is damaged: delete it to run the stage again.")
+        return done
+
+    @property
+    def begun(self) -> dict[str, Any] | None:
+        """What ``begun.json`` says, None if the stage has not been started."""
+        return self._note("begun.json")
+
+    def is_of(self, note: dict[str, Any]) -> bool:
+        """Whether a note of a stage is about this configuration; earlier versions wrote ``{out}`` replaced."""
+        earlier = [] if _deciding(self.overrides) else [_digest(self.command, self.config)]
+        return note["config"] in (self.digest, *earlier)
+
+    def _note(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
         if not path.exists():
             return None
-        done = read_json_object(path)
-        if not isinstance(done.get("config"), str) or not is_number(done.get("seconds")):
+        note = read_json_object(path)
+        if not isinstance(note.get("config"), str):
             raise ValueError(f"{path} is damaged: delete it to run the stage again.")
-        return done
+        return note
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _deciding(overrides: Sequence[str]) -> list[str]:
+    """The options of a command line in one spelling, without those of ``WHERE``."""
+    kept, flag = [], ""
+    for word in (part for word in overrides for part in (word.split("=", 1) if word.startswith("--") else [word])):
+        flag = word if re.match(r"--?[A-Za-z]", word) else flag
+        if flag not in WHERE:
+            kept.append(word)
+    return kept
 
 
 def read_stage(path: Path, out: Path, *, short: bool = False) -> Stage:
@@ -88,7 +132,6 @@ def read_stage(path: Path, out: Path, *, short: bool = False) -> Stage:
     if short:
         for key, value in changes.items():
             _set(config, key, value, path)
-    config = map_texts(config, lambda text: text.replace("{out}", str(out)))
     return Stage(path.stem, command, config, out)
 
 
@@ -142,10 +185,10 @@ def with_seed(stage: Stage, seed: int) -> Stage:
             return {key: seed if key == "seed" else change(entry) for key, entry in value.items()}
         return [change(entry) for entry in value] if isinstance(value, list) else value
 
-    config = change(stage.config)
+    config = change(stage.template)
     if "trainer" in config:
         config["seed_everything"] = seed
-    return replace(stage, config=config)
+    return replace(stage, template=config)
 
 
 def from_model(stages: list[Stage], name_or_path: str) -> list[Stage]:
@@ -155,20 +198,20 @@ def from_model(stages: list[Stage], name_or_path: str) -> list[Stage]:
     and its tokenizer; where a stage names no tokenizer it is that of the given model.
     """
     made = [stage for stage in stages if _model_arguments(stage).get("config") is not None]
-    folders = tuple(f"{stage.folder}/" for stage in made)
+    folders = tuple(f"{{out}}/{stage.name}/" for stage in made)
     named = {name for stage in stages if (name := _model_arguments(stage).get("name_or_path")) is not None}
-    named = {name for name in named if not name.startswith(f"{stages[0].out}/")}
+    named = {name for name in named if not name.startswith("{out}/")}
     kept = []
     for stage in stages:
         if stage in made:
             continue
         config = map_texts(
-            stage.config, lambda text: name_or_path if text in named or text.startswith(folders) else text
+            stage.template, lambda text: name_or_path if text in named or text.startswith(folders) else text
         )
         takes_tokenizer = config if stage.command == "export" else config.get("data", {}).get("init_args", {})
         if takes_tokenizer.get("tokenizer") is None:
             takes_tokenizer["tokenizer"] = name_or_path
-        kept.append(replace(stage, config=config))
+        kept.append(replace(stage, template=config))
     return kept
 
 
@@ -182,7 +225,7 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _model_arguments(stage: Stage) -> dict[str, Any]:
-    model = stage.config.get("model")
+    model = stage.template.get("model")
     return model.get("init_args", {}) if isinstance(model, dict) else {}
 
 

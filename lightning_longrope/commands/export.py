@@ -1,6 +1,7 @@
 """``longrope export``: a Hugging Face folder from a checkpoint or run."""
 
 import logging
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -124,16 +125,35 @@ def _example(model: Any, tokenizer: Any) -> torch.Tensor:
 
 
 def find_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a recipe's or stage's folder; a checkpoint or model folder is returned as it is.
+    """The newest last checkpoint of a recipe's or stage's folder; a checkpoint or model folder is returned as it is.
+
+    A stage has several, ``last.ckpt`` and ``last-v1.ckpt``, where ``fit`` has run more than once in its folder, or more
+    than one ``ModelCheckpoint`` keeps one there. In a recipe's folder it is the stage with the highest number.
 
     Raises:
         ValueError: If there is none.
     """
     if (is_checkpoint(run) and run.exists()) or (run / "config.json").exists():
         return run
-    stages = {path: path.parts[-3].split("-")[0] for path in run.glob(f"*/{CHECKPOINT}")}
-    found = sorted((path for path, number in stages.items() if number.isdecimal()), key=lambda path: int(stages[path]))
-    candidates = [run / CHECKPOINT] if (run / CHECKPOINT).exists() else found
+    stages = [folder for folder in run.glob("*") if folder.name.split("-")[0].isdecimal() and _last_ones(folder)]
+    stages.sort(key=lambda folder: int(folder.name.split("-")[0]))
+    candidates = _last_ones(run) or (_last_ones(stages[-1]) if stages else [])
     if not candidates:
         raise ValueError(f"No checkpoint in {run}: expected a .ckpt, a model folder, or a run with {CHECKPOINT}.")
-    return candidates[-1]
+    newest = max(candidates, key=_written)
+    if len(candidates) > 1:
+        others = ", ".join(path.name for path in sorted(candidates) if path != newest)
+        log.info("Taking %s, which is newer than %s beside it: name another one to take that.", newest, others)
+    return newest
+
+
+def _last_ones(stage: Path) -> list[Path]:
+    """``last.ckpt``, ``last-v1.ckpt`` and so on of a stage."""
+    folder, name = stage / CHECKPOINT.parent, CHECKPOINT.stem
+    found = folder.glob(f"{name}*.ckpt")
+    return [path for path in found if re.fullmatch(rf"{name}(-v\d+)?", path.stem) and path.exists()]
+
+
+def _written(path: Path) -> int:
+    """When a checkpoint was written, which may be a folder of shards."""
+    return max(file.stat().st_mtime_ns for file in (path, *(path.iterdir() if path.is_dir() else ())))

@@ -1,6 +1,7 @@
 """What the commands share: how their words are parsed."""
 
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -15,6 +16,13 @@ class Parser(argparse.ArgumentParser):
     @override
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def folder_name(text: str) -> Path:
+    """A folder from the command line; the empty text, which is also that of an unset variable, names none."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got an empty text")
+    return Path(text)
 
 
 def alone(datamodule: Any, command: str, model: dict[str, Any] | None) -> TokenDataModule:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 
@@ -9,11 +10,15 @@ import pytest
 import torch
 import yaml
 from helpers import LLAMA
+from small_tokenizers import byte_level
 from transformers import AutoModelForCausalLM
 
 from lightning_longrope import load_model
 from lightning_longrope.__main__ import main
+from lightning_longrope.callbacks.moved_run import MovedRun
 from lightning_longrope.cli import LongRoPECLI
+from lightning_longrope.commands.export import find_checkpoint
+from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.recipes import read_stage
 
 MODEL = {**LLAMA, "vocab_size": 300, "hidden_size": 32, "max_position_embeddings": 64}
@@ -155,16 +160,24 @@ def test_a_second_run_skips_what_is_finished(finished, capfd):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_changed_configuration_is_noticed_and_nothing_is_lost(finished, capfd):
-    assert main(["run", str(finished / "small"), "--out", str(finished / "out"), "--seed", "4"]) == 2
+@pytest.mark.parametrize("changed", [["--seed", "4"], ["--seed", "3", "--trainer.max_steps=4"]])
+def test_a_changed_configuration_is_noticed_and_nothing_is_lost(finished, capfd, changed):
+    assert main(["run", str(finished / "small"), "--out", str(finished / "out"), *changed]) == 2
     assert "was finished in" in one_line(capfd)
     assert (finished / "out" / "report.html").exists()
 
 
-def test_a_cut_stage_is_resumed_and_ends_as_if_it_had_not_been_cut(finished, tmp_path, monkeypatch):
-    recipe = write(tmp_path / "cut", {"1-pretrain": STAGES["1-pretrain"]})
-    from lightning_longrope.module import LongRoPEModule
+def test_what_is_finished_stays_so_where_the_folder_is_spelt_otherwise_or_moved(finished, tmp_path, monkeypatch, capfd):
+    (tmp_path / "moved").symlink_to(finished / "out", target_is_directory=True)
+    monkeypatch.chdir(finished)
+    for out in ("out", str(tmp_path / "moved")):
+        assert main(["run", "small", "--out", out, "--seed", "3", "--trainer.devices=1"]) == 0
+        assert capfd.readouterr().err.count("is finished, skipped") == 5
 
+
+@pytest.fixture
+def cut(tmp_path, monkeypatch):
+    """A recipe of one stage whose run has died after its second step: the words of the command, and its folder."""
     real = LongRoPEModule.training_step
 
     def dies(self, batch, batch_idx):
@@ -172,17 +185,53 @@ def test_a_cut_stage_is_resumed_and_ends_as_if_it_had_not_been_cut(finished, tmp
             raise RuntimeError("power cut")
         return real(self, batch, batch_idx)
 
-    monkeypatch.setattr(LongRoPEModule, "training_step", dies)
-    words = ["run", str(recipe), "--out", str(tmp_path / "out"), "--seed", "3"]
-    with pytest.raises(RuntimeError, match="power cut"):
-        main(words)
-    monkeypatch.setattr(LongRoPEModule, "training_step", real)
-    assert main(words) == 0
-    cut, whole = (
-        load_model(str(root / "out" / "1-pretrain" / "checkpoints" / "last.ckpt")) for root in (tmp_path, finished)
-    )
-    for one, other in zip(cut.parameters(), whole.parameters(), strict=True):
+    recipe = write(tmp_path / "cut", {"1-pretrain": STAGES["1-pretrain"]})
+    words, out = ["run", str(recipe), "--seed", "3", "--out"], tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(LongRoPEModule, "training_step", dies)
+        main([*words, str(out)])
+    return words, out
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_cut_stage_is_resumed_and_ends_as_if_it_had_not_been_cut(finished, cut, moved):
+    words, out = cut
+    if moved:
+        out = out.rename(out.with_name("moved"))
+    assert main([*words, str(out)]) == 0
+    names = [path.name for path in (out / "1-pretrain" / "checkpoints").iterdir()]
+    assert sorted(names) == ["epoch=0-step=3.ckpt", "last.ckpt"]
+    ended, whole = (load_model(str(folder / CHECKPOINT.removeprefix("{out}/"))) for folder in (out, finished / "out"))
+    for one, other in zip(ended.parameters(), whole.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_cut_stage_is_not_resumed_with_another_configuration(cut, capfd):
+    words, out = cut
+    assert main([*words, str(out), "--trainer.gradient_clip_val", "0.5"]) == 2
+    assert "1-pretrain was begun in" in one_line(capfd)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_stage_whose_last_checkpoint_was_left_behind_is_not_finished(cut, capfd, monkeypatch):
+    words, out = cut
+    for hook in ("on_load_checkpoint", "on_train_start"):
+        monkeypatch.delattr(MovedRun, hook)
+    assert main([*words, str(out.rename(out.with_name("moved")))]) == 2
+    assert re.search(r"has left \S+last.ckpt of step 2 as it was, and saved \S+last-v1.ckpt", one_line(capfd))
+    assert not list(out.with_name("moved").rglob("done.json"))
+
+
+def test_the_newest_last_checkpoint_is_exported_and_named(tmp_path, caplog):
+    folder = tmp_path / "1-a" / "checkpoints"
+    (folder / "last-v1.ckpt").mkdir(parents=True)  # shards, of a second fit
+    for age, name in enumerate(("last-v1.ckpt/shard", "last.ckpt", "last-v2.ckpt", "lasting.ckpt")):
+        (folder / name).touch()
+        os.utime(folder / name, (100 - age, 100 - age))
+    os.utime(folder / "last-v1.ckpt", (1, 1))
+    with caplog.at_level("INFO", "lightning_longrope"):
+        assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / "1-a") == folder / "last-v1.ckpt"
+    assert "last-v1.ckpt, which is newer than last-v2.ckpt, last.ckpt beside it" in caplog.text
 
 
 def test_a_given_model_leaves_the_first_stage_out(finished, tmp_path):
@@ -235,12 +284,20 @@ def one_line(capfd):
         (["export", "missing"], "out"),
         (["search", "--model.config", "{model_type: llama}", "--data", DATA["class_path"]], "needs one FactorSearch"),
         (["fit", "--model.name_or_path", "missing/model", "--data", DATA["class_path"]], "missing/model"),
+        (["compare", "--methods", "[yarn, none, yarn]"], "Two methods of a comparison are called 'yarn'"),
+        (["compare", "--factors", "{second_yarn: a.json}"], "are called 'second_yarn'"),
+        (["compare", "--factors", "{ours: a.json}", "--tuned", "{ours: a.ckpt}"], "are called 'ours'"),
+        (["compare", "--tuned", "{a/b: a.ckpt}"], "a file of the method's name, got 'a/b'"),
+        (["eval", "--method", ""], "a file of the method's name, got ''"),
+        (["run", "missing", "--out", ""], "--out: expected a folder, got an empty text"),
     ],
 )
 def test_mistakes_get_one_clear_line_and_leave_nothing(words, message, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if words[0] in ("fit", "search"):
         words = [*words, "--trainer.logger=false", "--trainer.accelerator=cpu", "--trainer.max_steps=1"]
+    if words[0] == "compare":
+        words = [*words, "--target_length=128", "--data", DATA["class_path"]]
     assert main(words) == 2
     assert message in one_line(capfd)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "config.yaml"]
@@ -275,11 +332,36 @@ def test_methods_are_measured_again_where_what_decides_their_numbers_has_changed
     assert len(list((tmp_path / "out").rglob("methods-*"))) == 3
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [("search", "`search` has no validation text"), ("test", "`test` has no test text"),
+     ("validate", "`validate` has no validation text")],
+)  # fmt: skip
+def test_a_command_with_nothing_to_measure_on_has_not_succeeded(tmp_path, capfd, command, message):
+    (tmp_path / "text.txt").write_text("".join(f"line {number}\n\n" for number in range(99)))
+    arguments = {"files": [str(tmp_path / "text.txt")], "val_share": 0, "test_share": 0, "cache_dir": None}
+    text = {"class_path": "PackedTextDataModule", "init_args": {**arguments, "seq_len": 64}}
+    text["init_args"]["tokenizer"] = str(tmp_path / "tokenizer")
+    byte_level().save_pretrained(tmp_path / "tokenizer")
+    callbacks = [callback("FactorSearch", target_length=128)] if command == "search" else []
+    content = {"model": {"init_args": {"config": MODEL}}, "data": text}
+    content["trainer"] = {**TRAINER, "logger": False, "callbacks": callbacks}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    assert main([command, "-c", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert message in one_line(capfd)
+
+
 def test_a_misspelt_key_in_the_last_stage_stops_the_recipe_before_the_first(tmp_path, capfd):
     stages = {"1-pretrain": STAGES["1-pretrain"], "5-export": {**STAGES["5-export"], "tokeniser": "x"}}
     assert main(["run", str(write(tmp_path / "r", stages)), "--out", str(tmp_path / "out")]) == 2
     assert "stage 5-export" in one_line(capfd)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_run_are_not_abbreviated(tmp_path, capfd):
+    recipe = write(tmp_path / "r", {"1-pretrain": STAGES["1-pretrain"]})
+    assert main(["run", str(recipe), "--out", str(tmp_path / "out"), "--sho"]) == 2
+    assert "--sho" in one_line(capfd)
 
 
 def test_help_of_a_command_lists_its_options(capfd):

@@ -36,7 +36,7 @@ def test_every_stage_instantiates(recipe, tmp_path, monkeypatch):
         if stage.command == "export":
             assert export_arguments(stage)
             continue
-        cli = Built(stage_words(stage, []))
+        cli = Built(stage_words(stage))
         assert cli.trainer.default_root_dir == str(stage.folder)
         assert cli.datamodule.seq_len > 0
 
