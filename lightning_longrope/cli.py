@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,7 +37,7 @@ from lightning_longrope.files import naming, write_text
 from lightning_longrope.locks import hold
 from lightning_longrope.model import installed_factors, installed_tables, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
-from lightning_longrope.reading import check_yaml
+from lightning_longrope.reading import check_yaml, is_plain_name
 from lightning_longrope.redaction import redact, redact_all
 from lightning_longrope.reporting.results import Results, read_results
 from lightning_longrope.strategies.deepspeed import LongContextDeepSpeedStrategy  # noqa: F401 - by name in configs
@@ -49,6 +49,12 @@ log = logging.getLogger("lightning_longrope")
 
 WRITING = ("fit", "search", "compare", "eval")
 """Commands that keep their folder to themselves, where one is given; the others leave what a run keeps there alone."""
+
+
+_NOTHING = (
+    "`{0}` has no {1} text: give `data.{2}_share` or `data.{2}_files` of the datamodule, and no"
+    " `trainer.limit_{2}_batches` of 0."
+)
 
 
 class LongRoPETrainer(Trainer):
@@ -66,6 +72,8 @@ class LongRoPETrainer(Trainer):
             raise ValueError(f"`search` needs one FactorSearch in `trainer.callbacks`, got {len(searches)}.")
         searches[0].alone = True
         self.validate(model, datamodule=datamodule, verbose=False)
+        if searches[0].result is None:  # Lightning calls no hook where there is nothing to validate
+            raise ValueError(_NOTHING.format("search", "validation", "val"))
 
     def compare(
         self,
@@ -89,6 +97,7 @@ class LongRoPETrainer(Trainer):
             factors: Further tables by name: files of rescale factors; of tables by length each length gets its own.
             tuned: Further models by name, measured as they are: checkpoints or folders.
         """
+        check_names(methods, factors or {}, tuned or {})
         measuring = self._take_measuring()
         if not measuring:
             raise ValueError("`compare` needs callbacks that measure (PerplexityByLength, ...) in `trainer.callbacks`.")
@@ -158,13 +167,14 @@ class LongRoPETrainer(Trainer):
             measuring.append(HarnessTasks(names, lengths, num_fewshot, limit, include_path))
         if not measuring:
             raise ValueError("`eval` needs callbacks that measure in `trainer.callbacks`, or `--tasks`.")
+        check_names(() if method is None else (method,))
         name = method or _method_name(model)
         folder = Path(self.default_root_dir) / "eval"
         if self.is_global_zero:
             (folder / f"{name}.json").unlink(missing_ok=True)
         self._compare(model, datamodule, MethodComparison({name: None}, measuring, folder, answers=generate))
         if self.is_global_zero:
-            write_results(folder, {name: MethodResults.load(folder / f"{name}.json")})
+            write_results(folder, {name: MethodResults.load(folder / f"{name}.json")}, beside_others=True)
             log_results(self, "evaluation", Results(read_results(folder / "results.csv")))
 
     def _take_measuring(self) -> list[MeasuringCallback]:
@@ -185,6 +195,29 @@ class LongRoPETrainer(Trainer):
                 self.validate(model, datamodule=datamodule, verbose=False)
         finally:
             self._callbacks.remove(comparison)
+
+
+def check_names(*groups: Iterable[str]) -> None:
+    """Refuses names of methods under which results cannot be told apart, or that name no file in a folder.
+
+    Args:
+        groups: Published methods, factors and tuned models of a comparison. A published one is also called
+            ``second_<name>``, on a model that was extended before.
+
+    Raises:
+        ValueError: Naming the first that will not do.
+    """
+    seen: set[str] = set()
+    for name in (name for group in groups for name in group):
+        if not is_plain_name(name):
+            raise ValueError(f"Results are kept in a file of the method's name, got {name!r}: give a name without `/`.")
+        both = {name, f"{SECOND}{name}"} if name in METHODS else {name}
+        if both & seen:
+            raise ValueError(
+                f"Two methods of a comparison are called {name!r}: give every one of `methods`, `factors` and `tuned`"
+                " a name of its own."
+            )
+        seen |= both
 
 
 @contextmanager
@@ -313,6 +346,10 @@ class LongRoPECLI(LightningCLI):
         trainer = config.trainer
         take_launched_processes(trainer)
         check_resumed(config.get("ckpt_path"), config.get("weights_only"))
+        if self.subcommand == "compare":
+            check_names(config.methods, config.factors or {}, config.tuned or {})
+        elif self.subcommand == "eval" and config.method is not None:
+            check_names([config.method])
         if not self.check:
             self._enter(trainer.default_root_dir)
             writes = self.save_config_kwargs["writes"] = self.subcommand in WRITING
@@ -351,7 +388,15 @@ class LongRoPECLI(LightningCLI):
                     if folder := getattr(saver, "dirpath", None):  # else `ckpt_path: last` would not see them
                         put_back_all(Path(folder))
                 super()._run_subcommand(subcommand)
+                self._check_ran(subcommand)
                 finish(self.trainer)
+
+    def _check_ran(self, subcommand: str) -> None:
+        """Raises ValueError where there was nothing to validate or to test, which Lightning passes over."""
+        if subcommand == "validate" and not sum(self.trainer.num_val_batches):
+            raise ValueError(_NOTHING.format(subcommand, "validation", "val"))
+        if subcommand == "test" and not sum(self.trainer.num_test_batches):
+            raise ValueError(_NOTHING.format(subcommand, "test", "test"))
 
 
 @contextmanager

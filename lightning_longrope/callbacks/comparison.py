@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.files import write_json, write_text
 from lightning_longrope.metrics import DocumentSums, Measurement, PositionMean, paired_ratio
 from lightning_longrope.model import rope_geometry
-from lightning_longrope.reading import blaming, read_json_object
+from lightning_longrope.reading import blaming, read_json_object, read_table
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,12 @@ def settings_digest(parts: Sequence[object], *values: object) -> str:
     return hashlib.sha256(json.dumps([settings, values], default=repr, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_results(folder: Path, methods: Mapping[str, MethodResults], baselines: Sequence[str] = METHODS) -> None:
+def write_results(
+    folder: Path,
+    methods: Mapping[str, MethodResults],
+    baselines: Sequence[str] = METHODS,
+    beside_others: bool = False,
+) -> None:
     """Writes ``results.csv`` and, where positions were measured, ``positions.csv``.
 
     Every perplexity of a method that is no baseline gets rows of its ratio to YaRN and to the best baseline too,
@@ -180,15 +185,32 @@ def write_results(folder: Path, methods: Mapping[str, MethodResults], baselines:
         folder: Where to write.
         methods: What was measured, by method.
         baselines: Methods that the others are held against, of a second extension too.
+        beside_others: Keep the rows that the files have of other methods.
+
+    Raises:
+        ValueError: If the rows to be kept cannot be read.
     """
     rows = [(method, row) for method, found in methods.items() for row in found.rows]
     theirs = {name: methods[name] for name in methods if name.removeprefix(SECOND) in baselines}
     for method in [name for name in methods if name not in theirs]:
         rows += [(method, row) for row in paired_rows(methods[method], theirs)]
-    _write_table(folder / "results.csv", Measurement, rows)
+    others: dict[str, list[list[str]]] = {"results.csv": [], "positions.csv": []}
+    if beside_others:
+        others = {
+            name: _rows_of_others(folder / name, kind, methods)
+            for name, kind in (("results.csv", Measurement), ("positions.csv", PositionMean))
+        }
+    _write_table(folder / "results.csv", Measurement, rows, others["results.csv"])
     positions = [(method, row) for method, found in methods.items() for row in found.positions]
-    if positions:
-        _write_table(folder / "positions.csv", PositionMean, positions)
+    if positions or (beside_others and (folder / "positions.csv").exists()):
+        _write_table(folder / "positions.csv", PositionMean, positions, others["positions.csv"])
+
+
+def _rows_of_others(path: Path, kind: type, methods: Container[str]) -> list[list[str]]:
+    """The cells of a table that are not about these methods; none where there is no table."""
+    columns = ["method", *(column.name for column in fields(kind))]
+    lines = read_table(path, columns) if path.exists() else ()
+    return [[row[column] for column in columns] for _, row in lines if row["method"] not in methods]
 
 
 def paired_rows(ours: MethodResults, baselines: Mapping[str, MethodResults]) -> list[Measurement]:
@@ -209,11 +231,14 @@ def paired_rows(ours: MethodResults, baselines: Mapping[str, MethodResults]) -> 
     return rows
 
 
-def _write_table(path: Path, kind: type, rows: Sequence[tuple[str, Any]]) -> None:
-    """Writes measurements of methods as a tidy CSV, one a row; None is an empty cell."""
+def _write_table(
+    path: Path, kind: type, rows: Sequence[tuple[str, Any]], others: Sequence[Sequence[str]] = ()
+) -> None:
+    """Writes measurements of methods as a tidy CSV, one a row, behind those of others; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", *(column.name for column in fields(kind))])
+    writer.writerows(others)
     writer.writerows([method, *astuple(row)] for method, row in rows)
     write_text(path, text.getvalue())
 

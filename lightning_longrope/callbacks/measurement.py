@@ -55,7 +55,7 @@ class MeasuringCallback(Callback, ABC):
     (``every_n_train_steps``) or epochs.
 
     Args:
-        lengths: Lengths to measure at, in tokens; None is the ``seq_len`` of the datamodule.
+        lengths: Lengths to measure at, in tokens, each once; None is the ``seq_len`` of the datamodule.
         split: Split of the datamodule to take text from.
         batch_tokens: Tokens of a forward pass; a longer row goes alone.
         seed: Chooses documents, keys and resamples.
@@ -90,7 +90,7 @@ class MeasuringCallback(Callback, ABC):
             raise ValueError(
                 f"`every_n_steps` and `every_n_epochs` must be at least 1, got {every_n_steps} and {every_n_epochs}."
             )
-        self.lengths = None if lengths is None else tuple(lengths)
+        self.lengths = None if lengths is None else tuple(dict.fromkeys(lengths))
         self.split = split
         self.batch_tokens = batch_tokens
         self.seed = seed

@@ -81,6 +81,19 @@ def test_tables_of_a_comparison(tmp_path):
     assert [row["metric"] for row in rows if "over" in row["metric"]] == ["perplexity_over_second_yarn"]
 
 
+def test_rows_of_other_methods_are_kept_beside_those_measured_anew(tmp_path):
+    write_results(tmp_path, {name: results([30.0, 20.0, 50.0]) for name in ("yarn", "searched")})
+    before = {name: (tmp_path / name).read_text().splitlines() for name in ("results.csv", "positions.csv")}
+    write_results(tmp_path, {"searched": MethodResults(results([], value=9.0).rows[:1])}, beside_others=True)
+    after = {name: (tmp_path / name).read_text().splitlines() for name in before}
+    kept = {name: [line for line in lines if not line.startswith("searched")] for name, lines in before.items()}
+    assert after["results.csv"] == [*kept["results.csv"], "searched,perplexity,64,,9.0,1.0,inf,3"]
+    assert after["positions.csv"] == kept["positions.csv"]
+    (tmp_path / "results.csv").write_text("notes\n")
+    with pytest.raises(ValueError, match="needs the columns method,metric"):
+        write_results(tmp_path, {"searched": results([1.0, 2.0, 3.0])}, beside_others=True)
+
+
 def test_tables_by_length_are_measured_each_at_its_lengths_installed_or_given(tmp_path):
     tables = LengthTables(
         tuple(RescaleFactors(tuple(1 + k * i for i in range(8)), 32, length) for k, length in ((0.2, 32), (2.0, 64)))

@@ -268,8 +268,12 @@ def test_eval_measures_an_exported_folder_on_a_test_split_alone(exported, tmp_pa
         "--out",
         str(tmp_path / "out"),
     ]
+    table = tmp_path / "out" / "eval" / "results.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("method,metric,length,depth,value,low,high,n\nyarn,passkey,64,,0.5,,,4\n")
     assert main(["eval", *words, "--generate"]) == 0
-    found = rows(tmp_path / "out" / "eval" / "results.csv")
+    other, *found = rows(table)
+    assert (other["method"], other["value"], other["low"]) == ("yarn", "0.5", "")
     assert {row["method"] for row in found} == {"tuned"}
     assert [(row["metric"], row["length"], row["depth"]) for row in found] == [
         ("perplexity_prefix", "60", ""),
