@@ -1,12 +1,14 @@
 """Recipes: a folder of numbered stage files, run in order, finished stages skipped, a cut one resumed.
 
 A stage file ``<n>-<name>.yaml`` is the configuration of one command with two more keys: ``command``, and ``short``
-with the values that ``--short`` puts in place of others. ``{out}`` in any text stands for the recipe's output folder.
+with the values that ``--short`` puts in place of others; in a stage of ``export`` it may be the option of that name.
+``{out}`` in any text stands for the recipe's output folder.
 """
 
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from typing import Any
 from lightning_longrope.reading import is_number, read_json_object, read_yaml
 
 STAGE_NAME = re.compile(r"\d+-[A-Za-z0-9_-]+\.yaml")
+_MEANT_AS_STAGE = re.compile(r"\d.*\.ya?ml", re.IGNORECASE)
 WHERE = ("--trainer.devices", "--trainer.num_nodes", "--peers.timeout")
 """Options that say where a stage runs: one that was cut may go on elsewhere."""
 
@@ -102,8 +105,9 @@ def _digest(*parts: Any) -> str:
 
 def _deciding(overrides: Sequence[str]) -> list[str]:
     """The options of a command line in one spelling, without those of ``WHERE``."""
+    parts = [word.split("=", 1) if word.startswith("--") else [word] for word in overrides]
     kept, flag = [], ""
-    for word in (part for word in overrides for part in (word.split("=", 1) if word.startswith("--") else [word])):
+    for word in (word for pair in parts for word in pair):
         flag = word if re.match(r"--?[A-Za-z]", word) else flag
         if flag not in WHERE:
             kept.append(word)
@@ -125,7 +129,7 @@ def read_stage(path: Path, out: Path, *, short: bool = False) -> Stage:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping of options, got {type(config).__name__}.")
     command = config.pop("command", "fit")
-    changes = config.pop("short", {})
+    changes = {} if command == "export" and isinstance(config.get("short"), str) else config.pop("short", {})
     for name, value, kind in (("command", command, str), ("short", changes, dict)):
         if not isinstance(value, kind):
             raise ValueError(f"`{name}` in {path} must be a {kind.__name__}, got {value!r}.")
@@ -142,12 +146,31 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def _stage_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.yaml") if STAGE_NAME.fullmatch(path.name)]
+    """The stage files of a folder in the order of their numbers.
+
+    Raises:
+        ValueError: If a YAML file begins with a number and has no name of a stage, or two have the same number.
+    """
+    paths = sorted(path for path in folder.glob("*") if _MEANT_AS_STAGE.fullmatch(path.name))
+    if other := next((path for path in paths if not STAGE_NAME.fullmatch(path.name)), None):
+        raise ValueError(
+            f"{other} begins with a number like a stage and is not called like one: rename it, to 1-search.yaml for"
+            " instance, or to something that begins with a letter."
+        )
+    paths.sort(key=_number)
+    for path, after in zip(paths, paths[1:], strict=False):
+        if _number(path) == _number(after):
+            raise ValueError(f"{path} and {after.name} have the same number: the order of stages goes by it.")
+    return paths
+
+
+def _number(stage_file: Path) -> int:
+    return int(stage_file.stem.split("-")[0])
 
 
 def recipe_folder(recipe: Path) -> Path:
     """The folder that is meant: where there is none of that name, that of a recipe which comes with this package."""
-    if not recipe.exists():
+    if not os.path.exists(recipe):  # False for what is no path at all
         for name, folder in shipped_recipes().items():
             if str(recipe) in (name, f"configs/{name}"):
                 log.info("%s is the recipe that comes with the package: %s", recipe, folder)
@@ -165,7 +188,7 @@ def read_recipe(recipe: Path, out: Path, *, short: bool = False) -> list[Stage]:
         short: Apply the values under ``short``.
 
     Raises:
-        ValueError: If the folder is missing or holds no stage file.
+        ValueError: If the folder is missing or holds no stage file, or it cannot be told which come when.
     """
     recipe = recipe_folder(recipe)
     paths = _stage_files(recipe)
@@ -174,7 +197,7 @@ def read_recipe(recipe: Path, out: Path, *, short: bool = False) -> list[Stage]:
         raise ValueError(
             f"The recipe {recipe} must be a folder with stage files such as `1-search.yaml`, found none.{names}"
         )
-    return [read_stage(path, out, short=short) for path in sorted(paths, key=lambda path: int(path.stem.split("-")[0]))]
+    return [read_stage(path, out, short=short) for path in paths]
 
 
 def with_seed(stage: Stage, seed: int) -> Stage:

@@ -231,9 +231,7 @@ def paired_rows(ours: MethodResults, baselines: Mapping[str, MethodResults]) -> 
     return rows
 
 
-def _write_table(
-    path: Path, kind: type, rows: Sequence[tuple[str, Any]], others: Sequence[Sequence[str]] = ()
-) -> None:
+def _write_table(path: Path, kind: type, rows: Sequence[tuple[str, Any]], others: Sequence[Sequence[str]] = ()) -> None:
     """Writes measurements of methods as a tidy CSV, one a row, behind those of others; None is an empty cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

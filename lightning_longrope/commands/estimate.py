@@ -1,5 +1,6 @@
 """``longrope estimate``: memory per GPU and hours of every stage, before anything is spent on them."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import yaml
 
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands.parsing import Parser
-from lightning_longrope.commands.train import staged_words
+from lightning_longrope.commands.train import split_config, staged_words
 from lightning_longrope.estimate import (
     GIB,
     HEADROOM,
@@ -34,7 +35,7 @@ from lightning_longrope.estimate import (
 from lightning_longrope.levers import Levers, keys
 from lightning_longrope.lora import LoRA
 from lightning_longrope.module import LongRoPEModule
-from lightning_longrope.recipes import Stage, from_model, read_recipe
+from lightning_longrope.recipes import Stage, from_model, read_recipe, recipe_folder
 from lightning_longrope.run_settings import levers_of, optimizer_bytes, precision_of
 from lightning_longrope.scoring import PASS_TOKENS
 from lightning_longrope.search import EvolutionSearch
@@ -65,7 +66,7 @@ def estimate(command: str, arguments: list[str]) -> None:
     """``longrope estimate -c CONFIG``: of a configuration, a stage file or a recipe's folder."""
     given, rest = _parser().parse_known_args(arguments)
     total = 0.0
-    for name, config, earlier in _stages(rest, given.command, given.model):
+    for name, config, earlier in _stages(split_config(rest), given.command, given.model):
         size = _size(config, earlier)
         trained = f", {_count(size.trainable)} of them trained" if size.trainable < size.parameters else ""
         sys.stdout.write(f"{name}: {_count(size.parameters)} parameters{trained}\n")
@@ -104,8 +105,8 @@ def _parser() -> Parser:
 def _stages(words: list[str], command: str, model: str | None) -> Iterator[tuple[str, dict[str, Any], Sequence[Stage]]]:
     """Name, parsed configuration and the stages before it, of each stage that was asked for."""
     place = next((i for i, word in enumerate(words[:-1]) if word in ("-c", "--config")), None)
-    path = None if place is None else Path(words[place + 1])
-    if place is None or path is None or not path.is_dir():
+    path = None if place is None else recipe_folder(Path(words[place + 1]))
+    if place is None or path is None or not os.path.isdir(path):
         yield _alone(words if model is None else [*words, "--model.name_or_path", model], command, path)
         return
     stages = read_recipe(path, Path("runs") / path.resolve().name)

@@ -22,7 +22,7 @@ def tokenize(command: str, arguments: list[str]) -> None:
     """``longrope tokenize -c CONFIG`` and ``longrope tokenize --verify STORE``.
 
     Raises:
-        ValueError: If the configuration has no datamodule, or the store is damaged.
+        ValueError: If the configuration has no datamodule, the store is damaged, or ``--tokenizer`` has no store.
     """
     parser = Parser(
         prog="longrope tokenize",
@@ -45,6 +45,8 @@ def tokenize(command: str, arguments: list[str]) -> None:
             raise ValueError(f"`--verify` takes a store and `--tokenizer`, got {' '.join(words) or '--config'} too.")
         verify(given.verify, given.tokenizer)
         return
+    if given.tokenizer is not None:
+        raise ValueError("`--tokenizer` is for `--verify STORE`: the datamodule's own is `--data.tokenizer`.")
     datamodule = build_datamodule(given.config, words, given.out)
     for folder in datamodule.tokenise(given.workers).values():
         sys.stdout.write(f"{folder}: {_counts(read_manifest(folder))}\n")

@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lightning_longrope.cli import LongRoPECLI
-from lightning_longrope.commands.parsing import Parser
+from lightning_longrope.commands.parsing import Parser, folder_name
 from lightning_longrope.reading import read_yaml
-from lightning_longrope.recipes import Stage, read_stage
+from lightning_longrope.recipes import Stage, map_texts, read_stage
 
 ROOT = "--trainer.default_root_dir"
 
@@ -34,17 +35,34 @@ def _names_root(words: list[str], stage: Stage | None) -> bool:
 def staged_words(arguments: list[str]) -> tuple[list[str], Stage | None, Path | None]:
     """Words for LightningCLI, with the content of a stage file in its place; that stage; and what ``--out`` says."""
     parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=folder_name)
     given, words = parser.parse_known_args(arguments)
-    stage = None
+    words, stage = split_config(words), None
     for index, word in enumerate(words[:-1]):
-        if word in ("-c", "--config") and _is_stage(path := Path(words[index + 1])):
+        if word not in ("-c", "--config"):
+            continue
+        path = Path(words[index + 1])
+        content = read_yaml(path) if os.path.isfile(path) else None  # False for what is no path at all
+        if isinstance(content, dict) and "command" in content:
             stage = read_stage(path, given.out or Path("runs") / path.parent.name)
             words[index + 1] = yaml.safe_dump(stage.config)
+        elif (filled := _fill(content, given.out, path)) != content:
+            words[index + 1] = yaml.safe_dump(filled)
     return words, stage, given.out
 
 
-def _is_stage(path: Path) -> bool:
-    """Whether a file has the key that only stage files have; what is no file is left to LightningCLI."""
-    content = read_yaml(path) if os.path.isfile(path) else None  # False for what is no path at all
-    return isinstance(content, dict) and "command" in content
+def split_config(words: list[str]) -> list[str]:
+    """The words with ``--config=FILE`` as two."""
+    pairs = (word.split("=", 1) if word.startswith(("--config=", "-c=")) else [word] for word in words)
+    return [word for pair in pairs for word in pair]
+
+
+def _fill(content: Any, out: Path | None, path: Path) -> Any:
+    """A configuration that is no stage, with the folder that ``--out`` names in place of ``{out}``."""
+
+    def fill(text: str) -> str:
+        if "{out}" in text and out is None:
+            raise ValueError(f"`{{out}}` in {path} stands for the folder that --out names: give --out FOLDER.")
+        return text.replace("{out}", str(out))
+
+    return map_texts(content, fill)

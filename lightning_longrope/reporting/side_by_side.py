@@ -65,7 +65,8 @@ def write_comparison(runs: Sequence[str | Path], out: str | Path) -> Path:
         Its path.
 
     Raises:
-        ValueError: If there are fewer than two runs, one is given twice, or one has nothing to report.
+        ValueError: If there are fewer than two runs, one is given twice, or one has nothing to report; or if another
+            file than such a page is there.
     """
     folders = [Path(run).resolve() for run in runs]
     if len(folders) < 2 or len(set(folders)) < len(folders):
@@ -73,10 +74,18 @@ def write_comparison(runs: Sequence[str | Path], out: str | Path) -> Path:
     out = Path(out).absolute()
     if out.is_dir():
         raise ValueError(f"`--out` names a file, and `{out}` is a folder.")
+    if out.exists() and not _is_page(out):
+        raise ValueError(f"`{out}` is there and is no page of `longrope report`: give another file with --out.")
     names = _names(folders)
     columns = [_column(name, read_run(folder), out.parent) for name, folder in zip(names, folders, strict=True)]
     write_text(out, _render(columns))
     return out
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file begins like a page of this package."""
+    with path.open("rb") as file:
+        return b": LongRoPE report</title>" in file.read(1 << 16)
 
 
 def _column(name: str, run: Run, place: Path) -> Column:

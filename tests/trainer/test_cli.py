@@ -18,6 +18,7 @@ from lightning_longrope.__main__ import main
 from lightning_longrope.callbacks.moved_run import MovedRun
 from lightning_longrope.cli import LongRoPECLI
 from lightning_longrope.commands.export import find_checkpoint
+from lightning_longrope.commands.train import staged_words
 from lightning_longrope.module import LongRoPEModule
 from lightning_longrope.recipes import read_stage
 
@@ -187,9 +188,10 @@ def cut(tmp_path, monkeypatch):
 
     recipe = write(tmp_path / "cut", {"1-pretrain": STAGES["1-pretrain"]})
     words, out = ["run", str(recipe), "--seed", "3", "--out"], tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(LongRoPEModule, "training_step", dies)
+    monkeypatch.setattr(LongRoPEModule, "training_step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
         main([*words, str(out)])
+    monkeypatch.setattr(LongRoPEModule, "training_step", real)
     return words, out
 
 
@@ -262,6 +264,18 @@ def test_a_stage_file_runs_alone_too(finished, tmp_path, capfd):
     words = ["search", "-c", str(finished / "small" / "2-search.yaml"), "--out", str(tmp_path / "out")]
     assert main(words) == 0
     assert (tmp_path / "out" / "2-search" / "search" / "factors.json").exists()
+
+
+def test_a_configuration_is_read_alike_in_both_spellings_of_its_option(tmp_path, capfd):
+    recipe = write(tmp_path / "r", {"1-pretrain": STAGES["1-pretrain"], "pretrain": {"data": data(64)}})
+    for words in (["--config", f"{recipe}/1-pretrain.yaml"], [f"--config={recipe}/1-pretrain.yaml"]):
+        assert main(["search", *words]) == 2
+        assert "1-pretrain.yaml is a configuration of `longrope fit`" in one_line(capfd)
+    for words in (["-c", f"{recipe}/pretrain.yaml"], [f"--config={recipe}/pretrain.yaml"]):
+        assert main(["fit", *words]) == 2
+        assert "stands for the folder that --out names: give --out FOLDER" in one_line(capfd)
+        filled = yaml.safe_load(staged_words([*words, "--out", "mine"])[0][1])
+        assert filled["data"]["init_args"]["cache_dir"] == "mine/data"
 
 
 def one_line(capfd):

@@ -138,17 +138,20 @@ def test_adapters_are_float32_beside_half_weights(tmp_path, capsys):
     assert f"weights {2 * (8_030_261_248 + adapters) / 2**30:.1f}, " in output
 
 
-def test_every_stage_of_a_recipe_and_one_alone(capsys):
+def test_every_stage_of_a_recipe_and_one_alone(capsys, tmp_path, monkeypatch):
     assert main(["estimate", "-c", str(ROOT / "configs/quickstart")]) == 0
     recipe = capsys.readouterr().out
     assert [line for line in recipe.splitlines() if not line.startswith("  ")][:4] == [
         f"{stage}: 0.98 M parameters"
         for stage in ("1-pretrain (fit)", "2-search (search)", "3-finetune (fit)", "4-evaluate (compare)")
     ]
-    assert main(["estimate", "-c", str(ROOT / "configs/quickstart/3-finetune.yaml")]) == 0
+    assert main(["estimate", f"--config={ROOT}/configs/quickstart/3-finetune.yaml"]) == 0
     alone = capsys.readouterr().out
     assert alone.splitlines()[1] in recipe
     assert "120 steps of 8 rows of 1,024 tokens" in alone
+    monkeypatch.chdir(tmp_path)
+    assert main(["estimate", "-c", "configs/quickstart"]) == 0
+    assert capsys.readouterr().out == recipe
 
 
 def test_a_model_of_ones_own_in_place_of_the_first_stage(tmp_path, capsys):

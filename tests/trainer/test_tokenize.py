@@ -94,6 +94,7 @@ def test_processes_write_the_same_store_and_the_fragment_is_a_configuration(home
         ([f"--data={FRAGMENT}", "--data.on_eror=skip"], "on_eror"),
         (["--verify", "nowhere"], "nowhere is no token store: it has no manifest.json"),
         (["--verify", "nowhere", "--data.seq_len=3"], "got --data.seq_len=3 too"),
+        (["--tokenizer", "x", f"--data={FRAGMENT}"], "`--tokenizer` is for `--verify STORE`"),
         (["--data", "lightning_longrope.datamodules.SampleTextDataModule"], "keeps its tokens in memory: name a"),
     ],
 )  # fmt: skip

@@ -1,10 +1,14 @@
 """Recipes: order, placeholders, seeds, a given model, and what cannot be read."""
 
+import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lightning_longrope.commands.export import export_arguments
 from lightning_longrope.recipes import from_model, read_recipe, read_stage, recipe_folder, with_seed
 
 PRETRAIN = {
@@ -95,6 +99,45 @@ def test_a_changed_configuration_has_another_digest(recipe, tmp_path):
     first, changed = (read_recipe(recipe, tmp_path, short=short)[0].digest for short in (False, True))
     assert first != changed
     assert first == read_recipe(recipe, tmp_path)[0].digest
+
+
+def test_the_digest_is_of_what_decides_the_numbers(recipe, tmp_path):
+    stage = read_recipe(recipe, tmp_path / "out")[1]
+    elsewhere = read_recipe(recipe, tmp_path / "moved")[1]
+    assert stage.config != elsewhere.config
+    assert stage.digest == elsewhere.digest
+
+    def given(*overrides):
+        return replace(stage, overrides=overrides)
+
+    where = given("--trainer.devices", "-1", "--trainer.num_nodes=2", "--peers.timeout", "30")
+    assert where.digest == stage.digest
+    spelt, changed = given("--trainer.devices=2", "-c", "a.yaml", "--a.b", "c=d"), given("-c", "a.yaml", "--a.b=c=d")
+    assert spelt.digest == changed.digest != stage.digest
+    earlier = {"config": hashlib.sha256(json.dumps(["search", stage.config], sort_keys=True).encode()).hexdigest()[:16]}
+    assert earlier["config"] != stage.digest
+    assert [one.is_of(earlier) for one in (stage, where, changed, elsewhere)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("1_pre.yaml", "1_pre.yaml begins with a number"), ("3-a.yml", "3-a.yml begins with a number"),
+     ("02-a.yaml", "02-a.yaml and 2-search.yaml have the same number")],
+)  # fmt: skip
+def test_files_that_would_silently_be_no_stage_or_in_any_order_are_refused(recipe, tmp_path, name, message):
+    for other in ("README.md", "notes.yml", "2024.jsonl"):
+        (recipe / other).write_text("a: b")
+    assert len(read_recipe(recipe, tmp_path / "out")) == 3
+    (recipe / name).write_text("command: fit")
+    with pytest.raises(ValueError, match=message):
+        read_recipe(recipe, tmp_path / "out")
+
+
+def test_short_of_an_export_may_be_its_table_for_short_texts(tmp_path):
+    (tmp_path / "1-export.yaml").write_text(yaml.safe_dump({**EXPORT, "short": "{out}/short.json"}))
+    for short in (False, True):
+        stage = read_stage(tmp_path / "1-export.yaml", tmp_path / "out", short=short)
+        assert export_arguments(stage)["short"] == f"{tmp_path}/out/short.json"
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,11 @@ def test_runs_without_any_search_are_shown_too(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(f"step,train_loss\n1,{loss}\n")
         (tmp_path / name / "run.json").write_text(json.dumps({"seed": name}))
+    (tmp_path / "notes.html").write_text("<title>mine</title>")
+    with pytest.raises(ValueError, match=r"notes\.html` is there and is no page of `longrope report`"):
+        write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "notes.html")
+    assert (tmp_path / "notes.html").read_text() == "<title>mine</title>"
+    write_comparison([tmp_path / "b", tmp_path / "a"], tmp_path / "page.html")
     page = Page(write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "page.html"))
     assert page.headings == ["2 runs beside each other"]
     for sentence in (
