@@ -239,7 +239,7 @@ def config(path, **changes):
         "enable_model_summary": False,
     }
     measuring = [
-        {"class_path": f"lightning_longrope.callbacks.{name}", "init_args": {"lengths": [60, 120], **arguments}}
+        {"class_path": f"lightning_longrope.callbacks.{name}", "init_args": {"lengths": [60, 120, 60], **arguments}}
         for name, arguments in {
             "PrefixPerplexity": {"documents": 3, "buckets": 4, "split": "test"},
             "SlidingPerplexity": {"documents": 3, "stride": 20, "split": "test"},
