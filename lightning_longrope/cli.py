@@ -37,6 +37,7 @@ from lightning_longrope.files import naming, write_text
 from lightning_longrope.locks import hold
 from lightning_longrope.model import installed_factors, installed_tables, rope_geometry, window
 from lightning_longrope.module import LongRoPEModule
+from lightning_longrope.plain_errors import plain
 from lightning_longrope.reading import check_yaml, is_plain_name
 from lightning_longrope.redaction import redact, redact_all
 from lightning_longrope.reporting.results import Results, read_results
@@ -261,7 +262,16 @@ class LongRoPEParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(" ".join(redact(message).split())) from ex  # lines tell where a value ends
+        raise ValueError(" ".join(plain(redact(message)).split())) from ex  # lines tell where a value ends
+
+    @override
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().instantiate_classes(*args, **kwargs)
+        except ValueError as error:
+            if type(error) is not ValueError or (said := plain(redact(str(error)))) == str(error):
+                raise
+            raise ValueError(" ".join(said.split())) from error
 
     @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from lightning_longrope.cli import LongRoPECLI
+from lightning_longrope.cli import LongRoPECLI, LongRoPEParser
 from lightning_longrope.commands.parsing import Parser, alone
 from lightning_longrope.commands.train import staged_words
 from lightning_longrope.datamodules.base import SPLITS, TokenDataModule
@@ -73,7 +72,7 @@ def build_datamodule(cli: LongRoPECLI) -> TokenDataModule:
     config = cli.config[cli.config.subcommand]
     if config.get("data") is None:
         raise ValueError("`longrope data` needs a datamodule: -c CONFIG, or --data=datamodules/packed_text.yaml.")
-    parser = ArgumentParser(exit_on_error=False)
+    parser = LongRoPEParser()
     parser.add_subclass_arguments(LightningDataModule, "data")
     datamodule = parser.instantiate_classes(parser.parse_object({"data": config.data.as_dict()})).data
     return alone(datamodule, "data", config.get("model"))

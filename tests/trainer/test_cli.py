@@ -317,6 +317,26 @@ def test_mistakes_get_one_clear_line_and_leave_nothing(words, message, capfd, tm
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "config.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.seq_len", "0"], "`seq_len` must be at least 4, got 0."),
+        (["--data.seq_len", "abc"], 'Parser key "data.seq_len": Expected int. Got value: abc'),
+        (["--model.loss", "nope"], 'Parser key "model.loss": '),
+        (["--model.lora.rank", "0"], "`lora` needs a rank of at least 1"),
+        (["--trainer.callbacks.0.init_args.dirpath", "a"], "`--trainer.callbacks.0.init_args.dirpath`: an entry of a"),
+    ],
+)
+def test_a_bad_value_is_one_sentence_whichever_command_reads_it(words, said, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage = write(tmp_path / "r", {"1-fit": fit("1-fit", config=MODEL)}) / "1-fit.yaml"
+    for command in ("fit", "data", "tokenize") if words[0].startswith("--data") else ("fit",):
+        assert main([command, "-c", str(stage), *words]) == 2
+        line = one_line(capfd)
+        assert line.startswith(f"longrope: error: {said}")
+        assert len(line) < 240
+
+
 def test_a_target_within_the_window_is_refused_before_anything_runs(finished, tmp_path, capfd):
     shutil.copytree(finished / "out" / "1-pretrain", tmp_path / "out" / "1-pretrain")
     words = ["compare", "-c", str(finished / "small" / "4-evaluate.yaml"), "--out", str(tmp_path / "out")]
