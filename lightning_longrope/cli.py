@@ -32,6 +32,7 @@ from lightning_longrope.callbacks.moved_run import MovedRun
 from lightning_longrope.callbacks.peer_watch import PeerWatch
 from lightning_longrope.callbacks.retrieval import RetrievalCallback
 from lightning_longrope.callbacks.save_on_stop import SaveOnStop
+from lightning_longrope.checking import check_devices, check_files, check_numbers, check_places, check_seed
 from lightning_longrope.checkpoints import check_resumable, choose_accelerator, put_back_all
 from lightning_longrope.files import naming, write_text
 from lightning_longrope.locks import hold
@@ -262,7 +263,10 @@ class LongRoPEParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(" ".join(plain(redact(message)).split())) from ex  # lines tell where a value ends
+        said = " ".join(plain(redact(message)).split())  # lines tell where a value ends
+        if "arguments are required" in said:
+            said = f"{said.replace(': fit.', ': ')}. Give a configuration: -c CONFIG."
+        raise ValueError(said) from ex
 
     @override
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
@@ -344,6 +348,8 @@ class LongRoPECLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if isinstance(args, list):
+            check_files(args)
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     @override
@@ -354,6 +360,10 @@ class LongRoPECLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         trainer = config.trainer
+        check_numbers(trainer)
+        if not self.check:
+            check_devices(trainer)
+            check_places(config)
         take_launched_processes(trainer)
         check_resumed(config.get("ckpt_path"), config.get("weights_only"))
         if self.subcommand == "compare":
@@ -375,6 +385,7 @@ class LongRoPECLI(LightningCLI):
 
     @override
     def _set_seed(self) -> None:
+        check_seed(self.config[self.subcommand].get("seed_everything"))
         if not self.check:
             super()._set_seed()
 

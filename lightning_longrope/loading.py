@@ -33,6 +33,16 @@ from lightning_longrope.tables import LengthTables
 PRETRAINED_ROPE = "pretrained_rope"
 """Key of an exported config.json that keeps the rotary fields the model had before it was extended."""
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+"""Fields of a config that no model can do with 0 of."""
+
 CUSTOM_CODE = "longrope"
 """Key of an exported config.json that code in the folder reads the tables from."""
 
@@ -76,7 +86,9 @@ def _loaded(
 ) -> PreTrainedModel:
     """The model of one of the two sources."""
     if config is not None:
-        return AutoModelForCausalLM.from_config(new_config(config), **how)
+        made = new_config(config)
+        with describing(made.model_type):
+            return AutoModelForCausalLM.from_config(made, **how)
     path = Path(str(name_or_path))
     if is_checkpoint(path):
         return _load_checkpoint(path, how)
@@ -195,6 +207,10 @@ def _loading(what: str, name: str) -> Iterator[None]:
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:
     """One line on a name that leads nowhere."""
+    if not name.strip():
+        return f"Cannot load a {what} from {name!r}: give a folder, a checkpoint or a hub name."
+    if Path(name).is_file() and not is_checkpoint(Path(name)):
+        return f"Cannot load a {what} from {name!r}: it is a file; expected a folder, a checkpoint or a hub name."
     if Path(name).is_dir():
         tried = "it is a folder, but not one that transformers can load"
     else:
@@ -227,7 +243,29 @@ def new_config(entries: dict[str, Any]) -> Any:
     known |= {field.name for field in fields(default)} if is_dataclass(default) else set()
     if unknown := sorted(set(rest) - known):
         raise ValueError(f"`config` has keys that a {model_type} model does not know: {', '.join(unknown)}.")
-    return AutoConfig.for_model(model_type, **rest)
+    for name in _SIZES:
+        if (size := rest.get(name)) is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"`config.{name}` must be a whole number of at least 1, got {size!r}.")
+    with describing(model_type):
+        return AutoConfig.for_model(model_type, **rest)
+
+
+@contextmanager
+def describing(model_type: str) -> Iterator[None]:
+    """Makes one line of whatever keeps transformers from building a model of a config.
+
+    Raises:
+        ValueError: With the cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or is_broken_collective(error):
+            raise
+        cause = error if error.__cause__ is None else error.__cause__  # the classes of configs wrap what they find
+        first = next(iter(str(cause).strip().splitlines()), "")
+        said = first if isinstance(cause, ValueError) else f"{type(cause).__name__}: {first}"
+        raise ValueError(f"`config` describes no {model_type} model that can be built: {said.rstrip('.')}.") from error
 
 
 def _load_exported(path: Path, how: dict[str, Any], trust_remote_code: bool) -> PreTrainedModel:

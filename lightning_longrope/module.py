@@ -1,6 +1,7 @@
 """The LightningModule around a rescaled model: loss, optimizer, and factors that travel in the checkpoint."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, cast
@@ -307,6 +308,20 @@ class LongRoPEModule(LightningModule):
         if saved.get("factors") is not None:
             install_factors(self.model, LengthTables.from_dict(saved["factors"]))
 
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            difference = _difference(state_dict, self.state_dict())
+            if difference is None:
+                raise
+            path = getattr(self._trainer, "ckpt_path", None) or "The checkpoint"
+            raise ValueError(
+                f"{path} is of another model: {difference}. Resume it with the `model` it was trained with, or give it"
+                " as `name_or_path`."
+            ) from error
+
     def _check_same_adapters(self, saved: dict[str, Any] | None) -> None:
         earlier = LoRA(**saved) if saved else None
         if not (self.lora == earlier or (self.lora and self.lora.same_model(earlier))):
@@ -314,3 +329,12 @@ class LongRoPEModule(LightningModule):
                 f"The checkpoint was trained with lora={earlier}, but the model has lora={self.lora}. Resume it with"
                 " the same, or give it as `name_or_path` to start from its merged weights."
             )
+
+
+def _difference(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """The first weight in which two state dicts differ, in words; None if there is none."""
+    for name in dict.fromkeys((*own, *saved)):
+        theirs, ours = (list(weights[name].shape) if name in weights else None for weights in (saved, own))
+        if theirs != ours:
+            return f"{name} is {theirs or 'missing'} there and {ours or 'missing'} in the configuration's model"
+    return None

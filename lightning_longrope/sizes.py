@@ -10,7 +10,7 @@ from lightning_longrope.checkpoints import is_checkpoint, read_entry
 from lightning_longrope.estimate import ModelSize
 from lightning_longrope.geometry import config_fields
 from lightning_longrope.layers import decoder_layers
-from lightning_longrope.loading import new_config
+from lightning_longrope.loading import describing, new_config
 from lightning_longrope.lora import LoRA, add_adapters
 from lightning_longrope.sliding import sliding_window
 
@@ -27,6 +27,9 @@ def read_config(
         return new_config(config)
     path = Path(str(name_or_path))
     entries = dict(read_entry(path)["config"]) if is_checkpoint(path) else None
+    if not str(name_or_path).strip() or (entries is None and path.is_file()):
+        given = "a file" if path.is_file() else "empty"
+        raise ValueError(f"The model {str(name_or_path)!r} is {given}: expected a folder, a checkpoint or a hub name.")
     try:
         if entries is not None:
             return AutoConfig.for_model(entries.pop("model_type"), **entries)
@@ -44,7 +47,7 @@ def model_size(config: Any, lora: LoRA | None = None, trust_remote_code: bool = 
         lora: Adapters it is to get.
         trust_remote_code: Let a hub model run its own code.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), describing(config.model_type):
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation="eager", trust_remote_code=trust_remote_code
         )

@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_longrope import tracking
 from lightning_longrope.callbacks.search_display import SearchDisplay
 from lightning_longrope.callbacks.workers import TrainerWorkers
+from lightning_longrope.checking import LARGEST_SEED
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.model import install_factors, installed_factors, rope_geometry
 from lightning_longrope.objectives import Objective, ObjectiveName
@@ -103,6 +104,8 @@ class FactorSearch(Callback):
         self.schedule = tuple(schedule)
         self.caches = tuple(caches)
         self.batch_tokens = batch_tokens
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ValueError(f"`seed` of FactorSearch must be from 0 to {LARGEST_SEED}, got {seed}.")
         self.seed = seed
         self.result: SearchResult | None = None
         """What the search found, with its score on held-out documents."""

@@ -50,7 +50,7 @@ def run_command(command: str, arguments: list[str]) -> int:
         command_of(command)(command, arguments)
     except Exception as error:
         lost = peers.explain(error)
-        mistake = isinstance(error, ValueError | OSError | MisconfigurationException)
+        mistake = isinstance(error, ValueError | OSError | MisconfigurationException) or _is_lacking(error)
         advised = is_out_of_memory(error) and hasattr(error, "__notes__")
         if os.environ.get("LONGROPE_TRACEBACK") or not (lost or mistake or advised):
             raise
@@ -58,6 +58,12 @@ def run_command(command: str, arguments: list[str]) -> int:
             sys.stderr.write(f"longrope: error: {_line(error)}\n")
         return 1 if lost else 2
     return 0
+
+
+def _is_lacking(error: Exception) -> bool:
+    """Whether an error says what has to be installed, or which accelerator a strategy needs."""
+    lacking = isinstance(error, ImportError) and "pip install" in str(error)
+    return lacking or (isinstance(error, RuntimeError) and "is only supported on CUDA GPUs" in str(error))
 
 
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make space there and give the same command again.")

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lightning_longrope.cli import LongRoPECLI
-from lightning_longrope.commands.parsing import Parser
+from lightning_longrope.commands.parsing import Parser, at_least, positive
 from lightning_longrope.commands.train import split_config, staged_words
 from lightning_longrope.estimate import (
     GIB,
@@ -87,18 +87,23 @@ def _parser() -> Parser:
         " options are those of `longrope fit`: --model.name_or_path, --data.seq_len, --trainer.strategy, ...",
         allow_abbrev=False,
     )
-    parser.add_argument("--gpus", type=int, help="GPUs of a node; trainer.devices, or 1")
-    parser.add_argument("--nodes", type=int, help="nodes; trainer.num_nodes")
+    parser.add_argument("--gpus", type=at_least(1), help="GPUs of a node; trainer.devices, or 1")
+    parser.add_argument("--nodes", type=at_least(1), help="nodes; trainer.num_nodes")
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="memory of a GPU: whether it fits, or what would"
+        "--gpu-memory", type=positive, metavar="GIB", help="memory of a GPU: whether it fits, or what would"
     )
     parser.add_argument(
-        "--tflops", type=float, default=TFLOPS, help=f"peak of a GPU in TFLOP/s ({TFLOPS:.0f}, an H100 in bf16)"
+        "--tflops", type=positive, default=TFLOPS, help=f"peak of a GPU in TFLOP/s ({TFLOPS:.0f}, an H100 in bf16)"
     )
     parser.add_argument(
         "--model.name_or_path", dest="model", help="a pretrained model; stages that make one are left out"
     )
-    parser.add_argument("--command", default="fit", help="what a configuration without `command` is for (fit)")
+    parser.add_argument(
+        "--command",
+        choices=LongRoPECLI.subcommands(),
+        default="fit",
+        help="what a configuration without `command` is for (fit)",
+    )
     return parser
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from lightning_longrope.commands.parsing import Parser
+from lightning_longrope.commands.parsing import Parser, seed
 from lightning_longrope.isolation import fit_for_long_rows
 from lightning_longrope.loading import load_model, load_tokenizer
 from lightning_longrope.model import installed_tables, window
@@ -27,7 +27,7 @@ def generate(command: str, arguments: list[str]) -> None:
     parser.add_argument("--chat", action="store_true", help="put the prompt in the tokenizer's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of the answer (256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random choices (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random choices (0)")
     parser.add_argument("--dtype", help="type of the weights; bfloat16 on a GPU, else float32")
     parser.add_argument("--trust-remote-code", action="store_true", help="let a hub model run its own code")
     answer(**vars(parser.parse_args(arguments)))

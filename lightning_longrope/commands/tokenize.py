@@ -1,6 +1,8 @@
 """``longrope tokenize``: text to token stores ahead of training, over processes; and whether a store is whole."""
 
+import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ def tokenize(command: str, arguments: list[str]) -> None:
         "-c", "--config", type=Path, help="a fragment of datamodules/, a configuration of `fit`, a stage"
     )
     parser.add_argument(
-        "--workers", type=int, help="processes; 0 works in this one; by default a core each, if it pays"
+        "--workers", type=processes, help="processes; 0 works in this one; by default a core each, if it pays"
     )
     parser.add_argument("--verify", type=Path, metavar="STORE", help="read a store and say what is wrong with it")
     parser.add_argument("--tokenizer", help="with --verify: the tokenizer that should have made it")
@@ -88,6 +90,14 @@ def build_datamodule(config: Path | None, words: list[str], out: Path | None = N
     parser.add_subclass_arguments(LightningDataModule, "data")
     datamodule = parser.instantiate_classes(parser.parse_args([*given, *words])).data
     return alone(datamodule, "tokenize", content.get("model"))
+
+
+def processes(text: str) -> int:
+    number, cores = int(text), os.cpu_count() or 1
+    most = max(64, 4 * cores)
+    if not 0 <= number <= most:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {most} on this machine of {cores} cores, got {number}")
+    return number
 
 
 def _counts(manifest: dict[str, Any]) -> str:

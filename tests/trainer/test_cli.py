@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -335,6 +337,107 @@ def test_a_bad_value_is_one_sentence_whichever_command_reads_it(words, said, cap
         line = one_line(capfd)
         assert line.startswith(f"longrope: error: {said}")
         assert len(line) < 240
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """One stage that trains a small model for a step."""
+    content = fit("1-fit", config=MODEL)
+    content["trainer"]["max_steps"] = 1
+    root = tmp_path_factory.mktemp("stage")
+    content["data"]["init_args"]["cache_dir"] = str(root / "data")  # made once
+    return write(root / "r", {"1-fit": content}) / "1-fit.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.config.hidden_size", "33"], "`config` describes no llama model that can be built: The hidden size"),
+        (["--model.config.hidden_size", "0"], "`config.hidden_size` must be a whole number of at least 1, got 0."),
+        (["--model.config.hidden_size", "abc"], "`config.hidden_size` must be"),
+        (["--model.config.num_attention_heads", "0"], "`config.num_attention_heads` must be"),
+        (["--model.config.rms_norm_eps", "abc"], "`config` describes no llama model that can be built: "),
+        (["--model.config.num_hidden_layers", "-1"], "`config.num_hidden_layers` must be"),
+        (["--model.config.vocab_size", "-5"], "`config.vocab_size` must be"),
+        (["--trainer.devices", "-1"], "`trainer.devices` must be a number of processes on a CPU"),
+        (["--trainer.devices", "1,2"], "`trainer.devices` must be"),
+        (["--trainer.devices", "abc"], "`trainer.devices` must be"),
+        (["--trainer.accelerator", "tpu"], "Requirement 'torch_xla"),
+        (["--trainer.strategy", "deepspeed"], "The DeepSpeed strategy is only supported on CUDA GPUs"),
+        (["--trainer.strategy", "nope"], "`trainer.strategy` must be a class or a name such as auto, ddp, "),
+        (["--trainer.accumulate_grad_batches", "0"], "`trainer.accumulate_grad_batches` must be at least 1, got 0."),
+        (["--seed_everything", "-1"], "The seed (`seed_everything`, --seed) must be from 0 to 4294967295, got -1."),
+        (["--ckpt_path", "nothere.ckpt"], "`--ckpt_path`: there is no nothere.ckpt."),
+        (["--ckpt_path", "."], "`--ckpt_path` must be a checkpoint of a run (checkpoints/last.ckpt); . is none."),
+        (["--model.config=null", "--model.name_or_path=./gone/a"], "`--model.name_or_path`: there is no ./gone/a."),
+        (["--model.config=null", "--model.name_or_path="], "Cannot load a model from '': give a folder"),
+        (
+            ["--model.config=null", f"--model.name_or_path={__file__}"],
+            f"Cannot load a model from {__file__!r}: it is a",
+        ),
+        (
+            ["--data", f"{DATA['class_path']}", f"--data.tokenizer={__file__}"],
+            f"Cannot load a tokenizer from {__file__!r}",
+        ),
+        (["--trainer.callbacks+=FactorSearch", "--trainer.callbacks.seed=-1"], "`seed` of FactorSearch must be from 0"),
+    ],
+)
+def test_values_that_no_run_survives_are_one_line(stage, words, said, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "-c", str(stage), "--out", str(tmp_path / "out"), *words]) == 2
+    assert one_line(capfd).startswith(f"longrope: error: {said}")
+
+
+def test_a_changed_model_is_not_resumed_and_the_first_weight_that_differs_is_named(stage, capfd, tmp_path):
+    words = ["fit", "-c", str(stage), "--out", str(tmp_path)]
+    assert main(words) == 0
+    checkpoint = tmp_path / "1-fit" / "checkpoints" / "last.ckpt"
+    for change, said in (
+        ({"hidden_size": "64"}, "model.model.embed_tokens.weight is [300, 32] there and [300, 64] in"),
+        ({"num_hidden_layers": "3"}, "model.model.layers.2.self_attn.q_proj.weight is missing there and [32, 32] in"),
+        ({"num_hidden_layers": "1"}, "model.model.layers.1.self_attn.q_proj.weight is [32, 32] there and missing in"),
+    ):
+        ((key, value),) = change.items()
+        capfd.readouterr()
+        assert main([*words, "--ckpt_path", str(checkpoint), f"--model.config.{key}", value]) == 2
+        assert one_line(capfd).startswith(f"longrope: error: {checkpoint} is of another model: {said}")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", "nothing"), ("null", "nothing"), ("[1, 2]", "list"), ("42", "int")])
+def test_a_configuration_without_options_is_named(text, kind, capfd, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    for command in ("fit", "data", "estimate"):
+        assert main([command, "-c", str(path)]) == 2
+        assert one_line(capfd) == (
+            f"longrope: error: {path} must hold a mapping of options (`trainer:`, `model:`, `data:`), got {kind}."
+        )
+
+
+@pytest.mark.parametrize("command", ["fit", "data", "estimate"])
+def test_without_words_a_command_asks_for_a_configuration(command, capfd):
+    assert main([command]) == 2
+    assert one_line(capfd).endswith("arguments are required: data. Give a configuration: -c CONFIG.")
+
+
+@pytest.mark.parametrize(
+    ("package", "words"), [("liger_kernel", ["--model.loss=liger"]), ("peft", ["--model.lora.rank=2"])]
+)
+def test_a_package_that_is_not_there_is_one_line_with_what_to_install(
+    package, words, stage, capfd, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == package else find_spec(name))
+    assert main(["fit", "-c", str(stage), "--out", str(tmp_path), *words]) == 2
+    assert 'pip install "lightning-longrope[' in one_line(capfd)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("100000", "from 0 to "), ("-1", "from 0 to "), ("a", "processes value: 'a'")]
+)
+def test_processes_that_no_machine_carries_are_refused(given, said, stage, capfd):
+    assert main(["tokenize", "-c", str(stage), "--workers", given]) == 2
+    assert said in one_line(capfd)
 
 
 def test_a_target_within_the_window_is_refused_before_anything_runs(finished, tmp_path, capfd):
