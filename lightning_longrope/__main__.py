@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_longrope.stopping import STATUS, StoppedError, stoppable
+from lightning_longrope.stopping import StoppedError, stoppable
 
 USAGE = """\
 longrope: a context window up to 2,048k tokens for any RoPE language model
@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Words after ``longrope``; those of the process by default.
 
     Returns:
-        The exit status: 0; 2 after one line that says what a user can mend; 143 after one that says that SIGTERM came.
+        The exit status: 0; 2 after one line that says what a user can mend; 143 after one that says that
+        SIGTERM came, 130 after one that says so of Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except StoppedError as stop:
         if stop.first or not stop.together:
             sys.stderr.write(f"longrope: {stop}\n")
-        return STATUS
+        return 128 + stop.number
 
 
 if __name__ == "__main__":

@@ -269,15 +269,6 @@ class LongRoPEParser(LightningArgumentParser):
         raise ValueError(said) from ex
 
     @override
-    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().instantiate_classes(*args, **kwargs)
-        except ValueError as error:
-            if type(error) is not ValueError or (said := plain(redact(str(error)))) == str(error):
-                raise
-            raise ValueError(" ".join(said.split())) from error
-
-    @override
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().parse_args(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What SIGTERM does: the end of a process in good order, with the exit status that shells give it.
+"""What SIGTERM and Ctrl-C (SIGINT) do: the end of a process in good order, with the exit status that shells give it.
 
 Schedulers (Slurm, Kubernetes) send SIGTERM some time before SIGKILL. Everything but a training step ends at once; what
 is finished is on the disk anyway, and the same command goes on from there. Imports next to nothing, since it has to be
@@ -17,52 +17,71 @@ STATUS = 128 + signal.SIGTERM
 
 AGAIN = "The same command goes on from what is finished."
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StoppedError(SystemExit):
     """The process was told to stop.
+
+    No KeyboardInterrupt, also where Ctrl-C was pressed: Lightning would end such a one itself.
 
     Args:
         what: What was saved, a sentence; empty if nothing is to be said of it.
         together: Whether all processes of the run stop at this point.
         first: Whether this is the first of them, which says so for all.
+        number: The signal.
     """
 
-    def __init__(self, what: str = "", together: bool = False, first: bool = True) -> None:
-        super().__init__(STATUS)
-        self.what, self.together, self.first = what, together, first
+    def __init__(
+        self, what: str = "", together: bool = False, first: bool = True, number: int = signal.SIGTERM
+    ) -> None:
+        super().__init__(128 + number)
+        self.what, self.together, self.first, self.number = what, together, first, number
 
     def __str__(self) -> str:
-        return f"stopped by SIGTERM. {self.what or AGAIN}"
+        name = "Ctrl-C (SIGINT)" if self.number == signal.SIGINT else signal.Signals(self.number).name
+        return f"stopped by {name}. {self.what or AGAIN}"
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raises ``StoppedError`` wherever the main thread is when SIGTERM comes; in another thread it does nothing.
+    """Raises ``StoppedError`` wherever the main thread is when SIGTERM or SIGINT comes; elsewhere it does nothing.
 
-    After that the process is meant to end: where the signal had its default, one more ends it at once.
+    After that the process is meant to end: where a signal had its default, one more ends it at once. A signal that is
+    ignored, as SIGINT is in the background of a shell, stays so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _stop)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, _stop)
     try:
         yield
     except StoppedError:
-        before = _leave if before is signal.SIG_DFL else before
+        defaults = (signal.SIG_DFL, signal.default_int_handler)
+        before = {number: _leave if handler in defaults else handler for number, handler in before.items()}
         raise
     finally:
-        restore(before)
+        for number, handler in before.items():
+            restore(handler, number)
 
 
-def restore(handler: Any) -> None:
+def taken() -> list[int]:
+    """The signals that end a command now, by ``stoppable``."""
+    return [number for number in _SIGNALS if signal.getsignal(number) is _stop]
+
+
+def restore(handler: Any, number: int = signal.SIGTERM) -> None:
     """Puts back what ``signal.signal`` or ``signal.getsignal`` has returned."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """One more signal ends a process that is about to end, with the same status."""
-    os._exit(STATUS)
+    """One more signal ends a process that is about to end, with the status of that signal."""
+    os._exit(128 + number)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise StoppedError
+    raise StoppedError(number=number)

@@ -1,4 +1,4 @@
-"""A callback that sends SIGTERM to its own process at a step or a validation batch, so that no test has to time it."""
+"""A callback that sends a signal to its own process at a step or a validation batch, so that no test has to time it."""
 
 import os
 import signal
@@ -7,10 +7,12 @@ from lightning.pytorch import Callback
 
 
 class SignalAt(Callback):
-    """Sends SIGTERM after ``step`` optimizer steps, on some ranks: in the next step, or in a validation batch."""
+    """Sends SIGTERM, or another signal, after ``step`` optimizer steps, on some ranks: in the next step, or in a validation batch."""
 
-    def __init__(self, step: int, ranks: list[int] | None = None, batch: int | None = None) -> None:
-        self.step, self.ranks, self.batch = step, ranks or [0], batch
+    def __init__(
+        self, step: int, ranks: list[int] | None = None, batch: int | None = None, number: int = int(signal.SIGTERM)
+    ) -> None:
+        self.step, self.ranks, self.batch, self.number = step, ranks or [0], batch, number
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._send(trainer, None)
@@ -20,4 +22,4 @@ class SignalAt(Callback):
 
     def _send(self, trainer, batch):
         if trainer.global_step == self.step and batch == self.batch and trainer.global_rank in self.ranks:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)

@@ -1,4 +1,4 @@
-"""Ends a fit that is told to stop (SIGTERM) after the step under way, with its state saved."""
+"""Ends a fit that is told to stop (SIGTERM, Ctrl-C) after the step under way, with its state saved."""
 
 import signal
 import threading
@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_longrope.stopping import StoppedError, restore
+from lightning_longrope.stopping import StoppedError, restore, taken
 
 
 class SaveOnStop(Callback):
@@ -23,7 +23,8 @@ class SaveOnStop(Callback):
     It saves where every ``ModelCheckpoint`` with ``save_last`` does, so ``ckpt_path: last`` and ``longrope run`` go on
     with the next step, and none is run twice. On several processes one signal stops all after the same step. Before the
     first step and after the last, in a search or an evaluation for instance, the handler that was there before counts:
-    that of the commands of ``longrope``, which have this callback always, ends at once.
+    that of the commands of ``longrope``, which have this callback always, ends at once. In these Ctrl-C (SIGINT) does
+    the same, with exit status 130; elsewhere it is left to Lightning.
 
     A validation is not waited for: it ends after the batch under way, or before the next callback that measures. One
     that had begun, or was due with the step that is saved, is run whole before anything else when the fit goes on; so
@@ -31,8 +32,9 @@ class SaveOnStop(Callback):
     """
 
     def __init__(self) -> None:
-        self._asked = self._training = self._owing = False
-        self._outer: Any = None
+        self._asked = 0  # the signal that came
+        self._training = self._owing = False
+        self._outer: dict[int, Any] = {}
         self._trainer: Trainer | None = None
         self._validated = -1  # the batch after which the last validation ended
         self._together = 0.0  # batches of this validation that every rank has
@@ -40,7 +42,7 @@ class SaveOnStop(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._asked, self._trainer = False, trainer
+        self._asked, self._trainer = 0, trainer
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # after those that save at the same step
         # Lightning's own lets ranks meet in a collective from within a handler, wherever they are: that may hang.
@@ -62,8 +64,9 @@ class SaveOnStop(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._training:
             self._training = True
-            self._outer = signal.getsignal(signal.SIGTERM)
-            _handle(self._take_note)
+            numbers = dict.fromkeys((signal.SIGTERM, *taken()))
+            self._outer = {number: signal.getsignal(number) for number in numbers}
+            _handle(dict.fromkeys(numbers, self._take_note))
 
     @override
     def on_train_batch_end(
@@ -97,8 +100,8 @@ class SaveOnStop(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
-        if self._asked and callable(self._outer):  # it came with the last step
-            self._outer(signal.SIGTERM, None)
+        if callable(outer := self._outer.get(self._asked)):  # it came with the last step
+            outer(self._asked, None)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,10 +117,11 @@ class SaveOnStop(Callback):
             self._stop(trainer)
 
     def _all_asked(self, trainer: Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+        return trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False)
 
     def _stop(self, trainer: Trainer) -> NoReturn:
-        raise StoppedError(_save(trainer), together=True, first=trainer.is_global_zero)
+        number = self._asked or signal.SIGTERM  # another process was asked
+        raise StoppedError(_save(trainer), together=True, first=trainer.is_global_zero, number=number)
 
     def _owes(self, trainer: Trainer) -> bool:
         """Whether a validation is due after the last batch, and has not ended."""
@@ -144,7 +148,7 @@ class SaveOnStop(Callback):
         epochs.processed, epochs.completed = ended
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._asked = number
         if self._trainer is not None:
             _pass_on(self._trainer, number)
 
@@ -191,7 +195,8 @@ def _pass_on(trainer: Trainer, number: int, frame: FrameType | None = None) -> N
         trainer.strategy.launcher.kill(number)
 
 
-def _handle(handler: Any) -> None:
-    """Sets the handler, where this thread can."""
+def _handle(handlers: dict[int, Any]) -> None:
+    """Sets the handlers of signals, where this thread can."""
     if threading.current_thread() is threading.main_thread():
-        restore(handler)
+        for number, handler in handlers.items():
+            restore(handler, number)

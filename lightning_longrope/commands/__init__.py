@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_longrope import peers
 from lightning_longrope.out_of_memory import is_out_of_memory
+from lightning_longrope.plain_errors import plain
 from lightning_longrope.redaction import redact
 
 log = logging.getLogger("lightning_longrope")
@@ -83,7 +84,7 @@ def _line(error: Exception) -> str:
 
 def _joined(texts: list[str]) -> str:
     """Texts of several lines in one, without credentials; it is the lines that tell where a value ends."""
-    return " ".join(redact("\n".join(texts)).split())
+    return " ".join(plain(redact("\n".join(texts))).split())
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

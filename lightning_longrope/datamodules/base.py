@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +294,7 @@ class TokenDataModule(LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_takes_no_part_in_ctrl_c,
         )
 
     def _stores(self) -> dict[str, TokenStore]:
@@ -323,3 +325,8 @@ class TokenDataModule(LightningDataModule):
 def digest(*parts: Any) -> str:
     """Short hash of values that JSON can write."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _takes_no_part_in_ctrl_c(worker: int) -> None:
+    """A terminal sends SIGINT to all processes of a command, and the step under way still needs its rows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

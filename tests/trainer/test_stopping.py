@@ -85,7 +85,7 @@ def test_a_fit_is_saved_after_the_step_under_way_and_runs_none_twice(material, u
         codes, (said,) = ended(
             start_ranks(1, command, fit(material, tmp_path, *more, *stop(step)), logs=tmp_path), tmp_path
         )
-        assert codes == [STATUS]
+        assert codes == [STATUS], said
         (line,) = [line for line in said.splitlines() if line.startswith("longrope:")]
         assert f"Step {step + 1} is saved in {tmp_path}/{STAGE}/checkpoints/last.ckpt" in line
         assert len(rows(tmp_path)) == step + 1
@@ -93,6 +93,17 @@ def test_a_fit_is_saved_after_the_step_under_way_and_runs_none_twice(material, u
     assert ended(fitting, tmp_path)[0] == [0]
     assert rows(tmp_path) == list(range(STEPS[STAGE]))
     assert all(torch.equal(weight, uncut[name]) for name, weight in weights(tmp_path).items())
+
+
+def test_ctrl_c_saves_a_fit_after_the_step_under_way_too(material, tmp_path):
+    words = fit(material, tmp_path, *stop(7), f"--trainer.callbacks.number={int(signal.SIGINT)}")
+    words += ["--data.num_workers=1"]
+    codes, (said,) = ended(start_ranks(1, command, words, logs=tmp_path), tmp_path)
+    assert codes == [130], said
+    (line,) = [line for line in said.splitlines() if line.startswith("longrope:")]
+    assert line.startswith("longrope: stopped by Ctrl-C (SIGINT). Step 8 is saved in ")
+    assert "Traceback" not in said
+    assert len(rows(tmp_path)) == 8
 
 
 @pytest.mark.slow
@@ -251,6 +262,30 @@ def test_a_stage_file_s_own_folder_counts_unless_a_flag_names_another(material, 
         for more in ([], ["--out", "there"], ["--trainer.default_root_dir", "here"]):
             assert main(["fit", "-c", str(tmp_path / name / "1-fit.yaml"), *more]) == 0
     assert folders == ["mine", "there/1-fit", "here", "runs/none/1-fit", "there/1-fit", "here"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+from lightning_longrope import __main__
+def run_command(command, words):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except Exception as error:
+        raise AssertionError("SIGINT was taken for an error") from error
+sys.modules["lightning_longrope.commands"] = sys.modules[__name__]
+sys.exit(__main__.main(["search"]))
+"""
+
+
+def test_ctrl_c_ends_a_command_in_one_line_and_is_ignored_where_it_was():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        130,
+        "longrope: stopped by Ctrl-C (SIGINT). The same command goes on from what is finished.\n",
+    )
+    ignoring = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{INTERRUPTED}"
+    done = subprocess.run([sys.executable, "-c", ignoring], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 TWICE = """
