@@ -3,6 +3,7 @@
 import sys
 
 from lightning_longrope.stopping import StoppedError, stoppable
+from lightning_longrope.streams import make_ready, write_out
 
 USAGE = """\
 longrope: a context window up to 2,048k tokens for any RoPE language model
@@ -35,15 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0; 2 after one line that says what a user can mend; 143 after one that says that
         SIGTERM came, 130 after one that says so of Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    make_ready()
+    status = _run(sys.argv[1:] if arguments is None else arguments)
+    return write_out() or status
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(USAGE)
-        return 0
+        return write_out(USAGE)
     if arguments[0] in ("--version", "version"):
         from lightning_longrope import __version__
 
-        sys.stdout.write(f"longrope {__version__}\n")
-        return 0
+        return write_out(f"longrope {__version__}\n")
     try:
         with stoppable():
             from lightning_longrope.commands import run_command

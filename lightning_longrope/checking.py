@@ -1,4 +1,4 @@
-"""What a configuration asks for, looked at before anything is built: some mistakes would show late, or as a traceback."""
+"""What a configuration asks for, looked at before anything is built: some mistakes show late, others badly."""
 
 import os
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lightning_longrope.attention import choose_attention, say_attention
-from lightning_longrope.checkpoints import is_checkpoint, read_checkpoint
+from lightning_longrope.checkpoints import choose_accelerator, is_checkpoint, read_checkpoint
 from lightning_longrope.collectives import is_broken_collective
 from lightning_longrope.factors import FACTORS_FILE
 from lightning_longrope.geometry import config_fields
@@ -75,6 +75,7 @@ def load_model(
     if (name_or_path is None) == (config is None):
         raise ValueError("Give either a model's name or path, or a `config` for random weights.")
     kind = _dtype(dtype)
+    choose_accelerator()
     kernel, reason = choose_attention(attn_implementation, kind)
     model = _loaded(name_or_path, config, {"dtype": kind, "attn_implementation": kernel}, trust_remote_code)
     say_attention(model, reason)

@@ -1,6 +1,7 @@
 """Benchmarks of the lm-evaluation-harness as a callback."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -55,6 +56,8 @@ class HarnessTasks(MeasuringCallback):
         self.tasks = tuple(tasks)
         self.num_fewshot = num_fewshot
         self.limit = limit
+        if include_path is not None and not Path(include_path).is_dir():
+            raise ValueError(f"`include_path` must be a folder with tasks (YAML), and there is none at {include_path}.")
         self.include_path = include_path
         self._tokenizer: Any = None
 

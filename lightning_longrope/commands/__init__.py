@@ -15,6 +15,7 @@ from lightning_longrope import peers
 from lightning_longrope.out_of_memory import is_out_of_memory
 from lightning_longrope.plain_errors import plain
 from lightning_longrope.redaction import redact
+from lightning_longrope.streams import GONE, nobody_reads, write_out
 
 log = logging.getLogger("lightning_longrope")
 
@@ -50,6 +51,9 @@ def run_command(command: str, arguments: list[str]) -> int:
             raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}.")
         command_of(command)(command, arguments)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            write_out()
+            return GONE
         lost = peers.explain(error)
         mistake = isinstance(error, ValueError | OSError | MisconfigurationException) or _is_lacking(error)
         advised = is_out_of_memory(error) and hasattr(error, "__notes__")

@@ -68,7 +68,7 @@ def answer(
             "`--max-new-tokens` must be at least 1 and `--temperature` not negative,"
             f" got {max_new_tokens} and {temperature}."
         )
-    text = sys.stdin.read() if prompt_file == "-" else _text_of(Path(prompt_file))
+    text = _standard_input() if prompt_file == "-" else _text_of(Path(prompt_file))
     tokens = load_tokenizer(tokenizer or model, trust_remote_code)
     input_ids = _prompt(tokens, text, chat)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,6 +90,13 @@ def answer(
         **free,
     )
     return output[0, input_ids.shape[1] :].cpu()
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The standard input is not UTF-8 ({error.reason} at byte {error.start}).") from error
 
 
 def _text_of(path: Path) -> str:

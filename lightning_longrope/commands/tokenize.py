@@ -93,7 +93,7 @@ def build_datamodule(config: Path | None, words: list[str], out: Path | None = N
 
 
 def processes(text: str) -> int:
-    """Type of an option that is a number of processes, and no more than a machine carries."""
+    """Type of an option: a number of processes, no more than a machine carries."""
     number, cores = int(text), os.cpu_count() or 1
     most = max(64, 4 * cores)
     if not 0 <= number <= most:

@@ -213,3 +213,25 @@ def test_precisions():
     assert precision_of("ddp", "bf16-mixed", "float32", None) == ("mixed", 4, 4, 0)
     assert precision_of("ddp", "bf16-true", "float32", None) == ("half", 2, 2, 0)
     assert precision_of("single", None, "float32", None) == ("full", 4, 4, 0)
+
+
+@pytest.mark.parametrize("flag", ["--gpus", "--nodes", "--gpu-memory", "--tflops"])
+@pytest.mark.parametrize("value", ["0", "-4", "nan", "inf"])
+def test_numbers_that_stand_for_no_machine_are_refused(flag, value, tmp_path, capsys):
+    assert main(["estimate", "-c", str(tmp_path), flag, value]) == 2
+    assert f"argument {flag}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--command", "foo"],
+        ["--trainer.strategy", "nope"],
+        ["--trainer.accumulate_grad_batches", "-4"],
+        ["--model.config.hidden_size", "33"],
+        ["--model.config.num_attention_heads", "0"],
+    ],
+)
+def test_settings_of_which_nothing_can_be_estimated_are_refused(words, tmp_path, capsys):
+    assert main(["estimate", "-c", configuration(tmp_path, config=LLAMA), *words]) == 2
+    assert capsys.readouterr().err.startswith("longrope: error: ")

@@ -59,7 +59,7 @@ def test_the_answer_is_streamed_and_that_of_full_forwards(saved, capsys, monkeyp
     assert len(set(expected)) > 10
     assert "window of 128, read with a table for 32" in shown.err
     assert not said
-    monkeypatch.setattr("sys.stdin", io.StringIO((saved / "prompt.txt").read_text()))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((saved / "prompt.txt").read_bytes())))
     assert main(_words(saved, "--max-new-tokens", "40", prompt="-")) == 0
     assert capsys.readouterr().out.strip() == expected.strip()
 
@@ -97,3 +97,13 @@ def test_a_prompt_over_the_window_and_other_mistakes_are_one_line(saved, capsys)
         assert message in error
     assert main(_words(saved, prompt="nearly.txt")) == 0
     assert "The answer ends after 8 tokens" in capsys.readouterr().err
+
+
+def test_a_standard_input_that_is_no_text_and_a_seed_too_large_are_one_line(saved, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00")))
+    assert main(_words(saved, prompt="-")) == 2
+    assert (
+        capsys.readouterr().err == "longrope: error: The standard input is not UTF-8 (invalid start byte at byte 0).\n"
+    )
+    assert main(_words(saved, "--seed", str(1 << 80))) == 2
+    assert "argument --seed: must be from 0 to 4294967295, got " in capsys.readouterr().err
