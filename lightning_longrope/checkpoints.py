@@ -140,7 +140,7 @@ def replaced_by(path: Path) -> Path:
 def put_back(path: Path) -> None:
     """Puts an earlier checkpoint back whose run was killed in the moment in which a new one took its place."""
     if not path.exists():
-        with suppress(FileNotFoundError):  # there is none, or another process was faster
+        with suppress(FileNotFoundError, NotADirectoryError):  # there is none, or another process was faster
             replaced_by(path).rename(path)
 
 

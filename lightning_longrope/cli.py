@@ -426,6 +426,8 @@ def only_run(folder: str | Path) -> Iterator[None]:
             lock = hold(Path(folder) / ".lock", folder, remedy="give another folder with --out")
             stack.enter_context(lock)
 
+    if os.path.isfile(folder):
+        raise ValueError(f"{folder} is a file: --out and trainer.default_root_dir name a folder.")
     with ExitStack() as stack:
         if (launcher := peers.launched()) is not None:
             peers.connect(launcher)

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 
 class SignalAt(Callback):
-    """Sends SIGTERM, or another signal, after ``step`` steps, on some ranks: in the next step, or in a validation batch."""
+    """Sends a signal after ``step`` optimizer steps, on some ranks: in the next step, or in a validation batch."""
 
     def __init__(
         self, step: int, ranks: list[int] | None = None, batch: int | None = None, number: int = int(signal.SIGTERM)

@@ -295,6 +295,7 @@ def one_line(capfd):
         (["fit", "-c", "missing.yaml"], "missing.yaml"),
         (["run", "missing"], "found none"),
         (["run", "missing", "--nonsense"], "found none"),
+        (["run", "quickstart", "--out", __file__], f"{__file__} is a file: --out"),
         (["report", "missing"], "missing"),
         (["export", "missing", "hf"], "No checkpoint in missing"),
         (["export", "missing"], "out"),
