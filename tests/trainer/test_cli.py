@@ -442,7 +442,8 @@ def test_processes_that_no_machine_carries_are_refused(given, said, stage, capfd
 
 
 def test_a_target_within_the_window_is_refused_before_anything_runs(finished, tmp_path, capfd):
-    shutil.copytree(finished / "out" / "1-pretrain", tmp_path / "out" / "1-pretrain")
+    for name in ("1-pretrain", "3-finetune"):
+        shutil.copytree(finished / "out" / name, tmp_path / "out" / name)
     words = ["compare", "-c", str(finished / "small" / "4-evaluate.yaml"), "--out", str(tmp_path / "out")]
     assert main([*words, "--target_length", "64"]) == 2
     assert "`target_length` (64) must be longer" in one_line(capfd)
