@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,12 @@ def test_help_costs_neither_torch_nor_lightning():
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "longrope run RECIPE" in output
     assert output.rstrip().endswith("[]")
+
+
+def test_what_we_use_that_is_deprecated_ends_a_test_and_what_lightning_uses_does_not():
+    """Names of modules are patterns there, which that of ours begins like."""
+    for module in ("lightning_longrope.rope", "lightning_longrope", "torchmetrics.text"):
+        with pytest.raises(DeprecationWarning):
+            warnings.warn_explicit("old", DeprecationWarning, "somewhere.py", 1, module=module)
+    for module in ("lightning.pytorch.trainer", "torch.jit"):
+        warnings.warn_explicit("old", DeprecationWarning, "somewhere.py", 1, module=module)
