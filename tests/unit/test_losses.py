@@ -2,15 +2,17 @@
 
 import copy
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from helpers import SIZES, tiny_llama
+from helpers import LLAMA, SIZES, tiny_llama
+from live_bytes import LiveBytes
 from torch import nn
 from torch.nn import functional
 
-from lightning_longrope import LongRoPEModule, losses
+from lightning_longrope import LongRoPEModule, heads, losses
 from lightning_longrope.loading import load_model
 from lightning_longrope.lora import LoRA, add_adapters
 from lightning_longrope.losses import chunked_nll, fused_nll, liger_nll, token_nll
@@ -178,6 +180,30 @@ def test_weights_in_half_precision_get_gradients_added_up_in_float32():
     assert error < 0.01  # 0.05 if the 512 chunks were added up in bfloat16
 
 
+def test_gradients_of_a_half_type_reach_every_row_of_a_large_vocabulary():
+    """They are added up some rows at a time; those beyond the first lot hold labels here."""
+    vocabulary, generator = losses.ROWS_AT_A_TIME + 8, torch.Generator().manual_seed(0)
+    layer, labels = nn.Linear(8, vocabulary).bfloat16(), torch.arange(vocabulary - 24, vocabulary)
+    hidden = torch.randn(24, 8, generator=generator).bfloat16()
+    fused_nll(hidden, bare(layer), labels, chunk=5)[0].backward()
+    exact = copy.deepcopy(layer).double()
+    functional.cross_entropy(exact(hidden.double()), labels, reduction="sum").backward()
+    for ours, theirs in zip(layer.parameters(), exact.parameters(), strict=True):
+        error = (ours.grad.double() - theirs.grad).abs().amax(-1)
+        assert theirs.grad[-8:].abs().max() > 0.9  # of the label's own row
+        assert error.max() < 0.02
+
+
+def test_the_gradient_of_a_bias_is_added_up_in_float32_under_autocast():
+    layer, labels, generator = nn.Linear(4, 3), torch.zeros(8192, dtype=torch.int64), torch.Generator().manual_seed(0)
+    states, shares = torch.randn(8192, 4, generator=generator), torch.full((8192,), 1.0039)  # 1 in bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        fused_nll(states, bare(layer), labels, shares)[0].backward()
+    exact = copy.deepcopy(layer).double()
+    (functional.cross_entropy(exact(states.double()), labels, reduction="sum") * 1.0039).backward()
+    torch.testing.assert_close(layer.bias.grad.double(), exact.bias.grad, rtol=5e-4, atol=0)
+
+
 @pytest.mark.parametrize("mixed", [False, True], ids=["float16 weights", "autocast"])
 def test_in_float16_no_sum_over_tokens_ends_at_infinity(mixed):
     layer = nn.Linear(8, 31, bias=False, dtype=torch.float32 if mixed else torch.float16)
@@ -233,6 +259,49 @@ def test_the_output_layer_is_called_once_and_left_as_it_was(case):
     with pytest.raises(RuntimeError, match="shapes"):
         fused_nll(hidden[:, 1:], bare(layer), labels, chunk=5)
     assert "forward" not in vars(layer)
+
+
+WIDE, LONG, PART = 2048, 256, 8
+"""Vocabulary, tokens, and tokens of a chunk, whose float32 logits are 64 KiB, of all 2 MiB."""
+
+
+def most_bytes(run, model):
+    """Most bytes alive beside the weights and as much again, which gradients take."""
+    with LiveBytes(model) as live:
+        run()
+    return live.most - sum(4 * p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("head", ["linear", "adapted"])
+@pytest.mark.parametrize("loss", ["checkpointed", "fused", "token_nll"])
+def test_no_more_logits_are_alive_than_those_of_a_few_chunks(loss, head):
+    layer = nn.Linear(4, WIDE, bias=False)
+    if head == "adapted":
+        layer.forward = partial(nn.Linear.forward, layer)  # no product that the fused loss knows
+    states, labels = torch.randn(LONG, 4, requires_grad=True), torch.arange(LONG)
+
+    def run():
+        if loss == "token_nll":
+            token_nll(states, bare(layer), labels, PART)
+        else:
+            losses.LOSSES[loss](states, bare(layer), labels, chunk=PART)[0].backward()
+
+    assert most_bytes(run, layer) < 6 * 4 * PART * WIDE
+
+
+@pytest.mark.parametrize("loss", ["checkpointed", "fused"])
+def test_steps_of_a_module_hold_the_logits_of_a_chunk_whatever_the_vocabulary(loss, monkeypatch):
+    assert heads.LOGITS_AT_A_TIME * 4 == 128 * 2**20
+    assert bare(nn.Linear(1, 1), vocab_size=128_256).tokens_at_a_time == 261
+    monkeypatch.setattr(heads, "LOGITS_AT_A_TIME", PART * WIDE)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    module = LongRoPEModule(config={**LLAMA, **sizes, "vocab_size": WIDE}, loss=loss)
+    module.configure_model()
+    module.log = lambda *args, **options: None  # no trainer here
+    rows = torch.arange(LONG).view(1, -1)
+    batch = {"input_ids": rows, "labels": rows}
+    assert most_bytes(lambda: module.training_step(batch, 0).backward(), module) < 8 * 4 * PART * WIDE
+    assert most_bytes(lambda: module.validation_step(batch, 0), module) < 8 * 4 * PART * WIDE
 
 
 class Kernel(nn.Module):
