@@ -1,7 +1,9 @@
 """How ranks agree on the files of a DeepSpeed checkpoint: nodes with disks of their own, a first rank that fails."""
 
 import os
+import shutil
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from processes import run_ranks
 
 import lightning_longrope.strategies.deepspeed as room
+from lightning_longrope.checkpoints import replaced_by
 from lightning_longrope.strategies import LongContextDeepSpeedStrategy
 
 pytestmark = pytest.mark.distributed
@@ -64,6 +67,83 @@ def test_files_of_two_nodes(tmp_path):
         assert [path.name for path in (tmp_path / place).iterdir()] == ["last.ckpt"], place
         found = [path.read_text() for path in (tmp_path / place / "last.ckpt" / "checkpoint").iterdir()]
         assert found == ["2"] * shards, place
+
+
+class AloneStrategy(LongContextDeepSpeedStrategy):
+    """One process, without a process group."""
+
+    num_nodes, node_rank, local_rank, is_global_zero = 1, 0, 0, True
+
+    def broadcast(self, obj, src=0):
+        return obj
+
+    def barrier(self, name=None):
+        pass
+
+    def reduce_boolean_decision(self, decision, all=True):
+        return decision
+
+
+class KilledError(BaseException):
+    """Stands in for SIGKILL: nobody catches it."""
+
+
+def killed_at(number, monkeypatch):
+    """Ends a process before so many renames and removals; a folder loses a file first. True if there were fewer."""
+    left, rename, rmtree = iter(range(number)), Path.rename, shutil.rmtree
+
+    def before(work, *arguments):
+        if next(left, None) is not None:
+            return work(*arguments)
+        if work is rmtree:
+            (arguments[0] / "latest").unlink(missing_ok=True)
+        raise KilledError
+
+    monkeypatch.setattr(Path, "rename", lambda path, target: before(rename, path, target))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: before(rmtree, path))
+    return left
+
+
+def whole_step(path):
+    """The step of the one checkpoint there is: in its place, or beside it where ``put_back`` finds it."""
+    place = path if path.exists() else replaced_by(path)
+    assert (place / "latest").read_text() == "checkpoint"
+    return int((place / "checkpoint" / "shard0").read_text())
+
+
+def saved(strategy, step, path, kill, monkeypatch):
+    """Saves and is killed; whether it was."""
+    with monkeypatch.context() as patch:
+        killed_at(kill, patch)
+        try:
+            strategy.save_checkpoint({"step": str(step)}, path)
+        except KilledError:
+            return True
+    return False
+
+
+def test_a_kill_at_any_rename_or_removal_of_a_save_and_of_the_next_leaves_one_whole_checkpoint(tmp_path, monkeypatch):
+    """A save begins where a killed one has ended, without anything in between that would mend."""
+    monkeypatch.setattr(DeepSpeedStrategy, "save_checkpoint", write_shards)
+    strategy, kills = AloneStrategy(), 0
+    for first in count():
+        for second in count():
+            path = tmp_path / f"{first}-{second}" / "last.ckpt"
+            strategy.save_checkpoint({"step": "1"}, path)
+            one = saved(strategy, 2, path, first, monkeypatch)
+            assert whole_step(path) in ((1, 2) if one else (2,))
+            before = whole_step(path)
+            other = saved(strategy, 3, path, second, monkeypatch)
+            assert whole_step(path) in ((before, 3) if other else (3,)), (first, second)
+            kills += one + other
+            strategy.save_checkpoint({"step": "4"}, path)
+            assert whole_step(path) == 4
+            assert [found.name for found in path.parent.iterdir()] == ["last.ckpt"]
+            if not other:
+                break
+        if not one:
+            break
+    assert kills > 15
 
 
 @pytest.mark.parametrize("name", ["reduce_bucket_size", "allgather_bucket_size"])

@@ -2,13 +2,20 @@
 
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
 from helpers import LLAMA
 
 from lightning_longrope import load_model
-from lightning_longrope.checkpoints import convert_to_universal, read_checkpoint, universal_groups
+from lightning_longrope.checkpoints import (
+    check_resumable,
+    convert_to_universal,
+    put_back_all,
+    read_checkpoint,
+    universal_groups,
+)
 from lightning_longrope.sizes import read_config
 
 UNSAFE = "not safe to read: posix.mkdir"
@@ -96,6 +103,75 @@ def test_a_weight_larger_than_its_parts_is_not_filled_with_what_was_in_memory(tm
         read_checkpoint(folder)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_part_that_lies_outside_its_weight_does_not_pass_for_the_whole(tmp_path):
+    """Its size is that of the weight, so a sum of sizes alone would not show it."""
+    folder = distributed(tmp_path / "saved", a=torch.ones(3, 4))
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.state_dict_metadata["state_dict.model.a"].chunks[0].offsets = torch.Size((1, 0))
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match=r"the parts of state_dict.model.a are not the whole of \(3, 4\)"):
+        read_checkpoint(folder)
+
+
+def flip_a_bit(file, name):
+    """Of the middle of a record, as a disk may."""
+    with zipfile.ZipFile(file) as archive:
+        entry = archive.getinfo(name)
+        with archive.open(name) as record:
+            begin = record._orig_compress_start
+    content = bytearray(file.read_bytes())
+    content[begin + entry.file_size // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("kind", ["one file", "DeepSpeed without partitions", "ZeRO", "settings beside FSDP2"])
+def test_a_bit_that_a_disk_has_changed_in_any_tensor_is_named(tmp_path, kind):
+    tensors = {f"model.{name}": torch.arange(24.0) + place for place, name in enumerate("abc")}
+    path = tmp_path / "saved.ckpt"
+    if kind == "one file":
+        torch.save({"longrope": entry(), "state_dict": tensors}, path)
+        files = [path]
+    elif kind == "settings beside FSDP2":
+        files = [distributed(path, a=torch.ones(2)) / "meta.pt"]
+        torch.save({"longrope": entry(), "loops": tensors}, files[0])
+    else:
+        folder = deepspeed(path, module=tensors) / "checkpoint"
+        if kind == "ZeRO":
+            torch.save(tensors, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        files = sorted(folder.glob("*.pt"))
+    storages = [(file, name) for file in files for name in zipfile.ZipFile(file).namelist() if "/data/" in name]
+    assert len(storages) == (6 if kind == "ZeRO" else 3)
+    for file, name in storages:
+        whole = file.read_bytes()
+        flip_a_bit(file, name)
+        with pytest.raises(ValueError, match=f"{file} is damaged: the checksum of {name} is another"):
+            read_checkpoint(path)
+        file.write_bytes(whole)
+
+
+def test_a_zero_folder_is_checked_before_its_weights_are_read(tmp_path, monkeypatch):
+    """DeepSpeed unpickles without restrictions."""
+    monkeypatch.chdir(tmp_path)
+    folder = deepspeed(tmp_path / "saved.ckpt")
+    torch.save({"optimizer_state_dict": Evil()}, folder / "checkpoint" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(ValueError, match=UNSAFE):
+        read_checkpoint(folder)
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_settings_beside_an_fsdp2_checkpoint_are_checked_before_it_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = distributed(tmp_path / "saved.ckpt", a=torch.ones(2))
+    check_resumable(folder)
+    torch.save({"longrope": entry(), "callbacks": Evil()}, folder / "meta.pt")
+    with pytest.raises(ValueError, match=rf"meta.pt holds .*{UNSAFE}"):
+        check_resumable(folder)
+    assert not (tmp_path / "evil").exists()
+
+
 def test_a_deepspeed_folder_is_checked_before_it_is_converted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = deepspeed(tmp_path / "saved.ckpt")
@@ -129,3 +205,13 @@ def test_the_earlier_checkpoint_is_back_after_a_kill_between_the_renames(tmp_pat
     found = load_model(tmp_path / "last.ckpt").state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", ".last.ckpt.partial"}
+
+
+def test_every_earlier_checkpoint_of_a_folder_is_put_back_and_no_newer_one_touched(tmp_path):
+    for name in (".last.ckpt.replaced", ".step=4.ckpt.replaced", "step=4.ckpt", ".other.ckpt.partial"):
+        (tmp_path / name).write_text(name)
+    put_back_all(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "last.ckpt": ".last.ckpt.replaced", "step=4.ckpt": "step=4.ckpt",
+        ".step=4.ckpt.replaced": ".step=4.ckpt.replaced", ".other.ckpt.partial": ".other.ckpt.partial",
+    }  # fmt: skip
