@@ -16,6 +16,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lightning_longrope.rotary import RescaledRotary
 
+CACHE = ("cache", "past_key_values")
+"""What transformers calls a key-value cache: from 5.24 on, and before."""
+
 
 def follow_tables(model: PreTrainedModel) -> None:
     """Lets ``model.generate`` compute its cache again where a sequence goes on with another table.
@@ -42,7 +45,7 @@ def _prepare_inputs(
         next_sequence_length: How many of them are new to the cache; all if None.
         kwargs: Further inputs; rows are as long as their last position says, so padding on the left does not count.
     """
-    cache, rotary = kwargs.get("past_key_values"), model.get_decoder().rotary_emb
+    cache, rotary = next((kwargs[name] for name in CACHE if name in kwargs), None), model.get_decoder().rotary_emb
     lengths = _lengths(input_ids, kwargs.get("position_ids"), kwargs.get("attention_mask"))
     chosen = rotary.chosen(lengths) if isinstance(rotary, RescaledRotary) else None
     if cache is not None and chosen is not None:

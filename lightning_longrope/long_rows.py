@@ -116,7 +116,7 @@ def by_heads(module: Any, forward: Callable[..., Any], *args: Any, **options: An
         *args: What the decoder layer gives it.
         **options: The same by name, hidden states [B, S, H] and cos and sin among them.
     """
-    if args or any(options.get(name) is not None for name in ("past_key_values", "row_group", "attention_mask")):
+    if args or any(options.get(name) is not None for name in ("cache", "past_key_values", "row_group", "attention_mask")):
         return forward(*args, **options)
     heads, keys = _heads(module)
     elements = options["hidden_states"][..., 0].numel() * module.head_dim  # of the queries of a head

@@ -2,12 +2,13 @@
 
 import copy
 import pickle
+from inspect import signature
 
 import pytest
 import torch
 from helpers import FAMILIES as COMMON_FAMILIES
 from helpers import FAMILY
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from lightning_longrope import LengthTables, RescaleFactors, install_factors, load_model
 from lightning_longrope.model import rope_geometry, table_for
@@ -28,6 +29,7 @@ PROMPT = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(1
 MASK = torch.ones_like(PROMPT)
 MASK[1, :5] = 0  # a row of 7 tokens, padded on the left: it crosses 5 steps later
 NEW = 30  # to 42 and 37 tokens, over 16 and 32
+CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"  # before 5.24
 
 
 def _model(family="llama"):
@@ -113,11 +115,11 @@ def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(kind):
     expected = _by_hand(model, PROMPT[0], tables)
     install_factors(model, tables)
     cache = kind(config=model.config, **({"max_cache_len": 64} if kind is StaticCache else {}))
-    first = _generate(model, PROMPT[:1], MASK[:1], max_new_tokens=10, min_new_tokens=10, past_key_values=cache)
+    first = _generate(model, PROMPT[:1], MASK[:1], max_new_tokens=10, min_new_tokens=10, **{CACHE: cache})
     so_far = torch.cat([PROMPT[:1], torch.tensor(first)], dim=1)
     more = NEW - 10
     rest = _generate(
-        model, so_far, torch.ones_like(so_far), max_new_tokens=more, min_new_tokens=more, past_key_values=cache
+        model, so_far, torch.ones_like(so_far), max_new_tokens=more, min_new_tokens=more, **{CACHE: cache}
     )
     assert first[0] + rest[0] == expected
 
@@ -127,12 +129,12 @@ def test_a_turn_that_is_taken_back_takes_its_table_with_it():
     tables = _tables(model)
     install_factors(model, tables)
     cache = DynamicCache(config=model.config)
-    said = _generate(model, PROMPT[:1], MASK[:1], max_new_tokens=8, min_new_tokens=8, past_key_values=cache)
+    said = _generate(model, PROMPT[:1], MASK[:1], max_new_tokens=8, min_new_tokens=8, **{CACHE: cache})
     so_far = torch.cat([PROMPT[:1], torch.tensor(said)], dim=1)  # 20 tokens, the first 19 of them cached
-    _generate(model, so_far, torch.ones_like(so_far), max_new_tokens=1, min_new_tokens=1, past_key_values=cache)
+    _generate(model, so_far, torch.ones_like(so_far), max_new_tokens=1, min_new_tokens=1, **{CACHE: cache})
     cache.crop(-6)
     again = so_far[:, :15]
-    found = _generate(model, again, torch.ones_like(again), max_new_tokens=8, min_new_tokens=8, past_key_values=cache)
+    found = _generate(model, again, torch.ones_like(again), max_new_tokens=8, min_new_tokens=8, **{CACHE: cache})
     assert found == [_by_hand(_model(), again[0], tables, 8)]
 
 
@@ -144,9 +146,9 @@ def test_a_cache_that_a_plain_forward_has_filled_is_known_by_its_length():
     install_factors(model, tables)
     for held in (14, 18):  # with the first table, and with the one that goes on
         with torch.no_grad():
-            cache = model(prompt[:, :held], past_key_values=DynamicCache(config=model.config)).past_key_values
+            cache = model(prompt[:, :held], **{CACHE: DynamicCache(config=model.config)})[CACHE]
         found = _generate(
-            model, prompt, torch.ones_like(prompt), past_key_values=cache, max_new_tokens=5, min_new_tokens=5
+            model, prompt, torch.ones_like(prompt), **{CACHE: cache}, max_new_tokens=5, min_new_tokens=5
         )
         assert found == [expected], held
 
