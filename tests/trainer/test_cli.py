@@ -508,3 +508,18 @@ def test_help_of_a_command_lists_its_options(capfd):
         main(["compare", "--help"])
     assert stop.value.code == 0
     assert "--target_length" in capfd.readouterr().out
+
+
+def test_last_is_found_where_a_run_was_killed_while_its_checkpoint_was_replaced(tmp_path):
+    """As a DeepSpeed folder may be; a run that did not see it would begin anew, from other weights."""
+    stage = fit("1-pretrain", config=MODEL)
+    stage["trainer"]["callbacks"][0]["init_args"]["dirpath"] = str(tmp_path / "kept")
+    stage["data"]["init_args"]["cache_dir"] = str(tmp_path / "data")
+    folder = write(tmp_path / "small", {"1-pretrain": stage})
+    words = ["fit", "-c", str(folder / "1-pretrain.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--trainer.max_steps", "1"]) == 0
+    saved = (tmp_path / "kept" / "last.ckpt").rename(tmp_path / "kept" / ".last.ckpt.replaced")
+    before = saved.read_bytes()
+    assert main([*words, "--trainer.max_steps", "1", "--ckpt_path", "last", "--seed_everything", "7"]) == 0
+    assert (tmp_path / "kept" / "last.ckpt").read_bytes() == before
+    assert not saved.exists()

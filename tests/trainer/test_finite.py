@@ -137,6 +137,34 @@ def test_fp16_that_finds_no_scale_stops(tmp_path):
     assert "Try --trainer.precision bf16-mixed," in said
 
 
+def test_only_steps_in_a_row_are_too_many_to_be_left_out(tmp_path):
+    """Whenever the scale is doubled again some are; 24 of them here, with one good step among them."""
+    trainer = Trainer(accelerator="cpu", logger=False, plugins=[half_precision(8)[0]], default_root_dir=tmp_path)
+    looking, steps = finite.StopAtNan(), iter(range(99))
+
+    def look(norm, times):
+        for _ in range(times):
+            looking.on_before_backward(trainer, None, torch.tensor(2.5))
+            looking._look_at(trainer, next(steps), torch.tensor(norm))
+
+    look(math.inf, 12)
+    look(1.0, 1)
+    look(math.inf, 19)
+    with pytest.raises(ValueError, match="for the 20th step in a row"):
+        look(math.inf, 1)
+
+
+def test_the_last_step_of_a_run_that_saves_nothing_is_read_too(tmp_path, monkeypatch):
+    """As on an accelerator, where nobody has waited for its norm."""
+    monkeypatch.setattr(finite, "reads_at_once", lambda norm: False)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=4, limit_val_batches=0, default_root_dir=tmp_path, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="step 4, rank 0: the loss is nan"):
+        trainer.fit(module(at=4), random_loader(rows=32), random_loader(rows=2))
+
+
 def test_a_loss_that_overflows_in_fp16_is_no_matter_of_its_scale(tmp_path):
     said = broken(tmp_path, module(value=math.inf), plugins=[half_precision(8)[0]])
     assert said.startswith("step 4, rank 0: the loss is inf.")

@@ -1,12 +1,15 @@
 """A fit that is stopped around a validation goes on as if it had not been: none is lost, no step runs twice."""
 
 import csv
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from stop_signals import SignalAt
 from torch.utils.data import DataLoader
 from torture.comparing import logged
@@ -134,6 +137,44 @@ def test_a_last_checkpoint_that_is_a_link_becomes_what_was_said_to_be_saved(tmp_
         path.name: torch.load(path, weights_only=True)["global_step"] for path in (tmp_path / "cut").glob("*.ckpt")
     }
     assert steps == {"step=4.ckpt": 4, "last.ckpt": 6}
+
+
+def test_ranks_decide_only_before_batches_that_all_of_them_have():
+    """One with more batches than another would wait in a decision for whoever is through with its validation."""
+    asked = []
+    strategy = SimpleNamespace(
+        root_device=torch.device("cpu"),
+        reduce=lambda value, reduce_op: torch.maximum(value, torch.tensor(-2.0)),  # the other rank has 2
+        reduce_boolean_decision=lambda decision, all: asked.append(decision),
+    )
+    trainer = SimpleNamespace(num_val_batches=[3, 1], strategy=strategy, validating=True)
+    callback = SaveOnStop()
+    callback._training = True
+    callback.on_validation_start(trainer, None)
+    for batch in range(4):
+        callback.on_validation_batch_start(trainer, None, None, batch)
+    assert asked == [False] * 3  # at the start and before two batches
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Of processes that only note what they are sent."""
+
+    def __init__(self):
+        self.sent = []
+
+    def kill(self, signum):
+        self.sent.append(signum)
+
+
+def test_a_signal_reaches_the_processes_that_lightning_has_started(tmp_path):
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    callback, trainer.strategy._launcher = SaveOnStop(), Launcher()
+    callback.setup(trainer, Model([]), "fit")
+    callback._take_note(signal.SIGTERM, None)
+    assert trainer.strategy.launcher.sent == [signal.SIGTERM]
+    trainer._signal_connector._sigterm_notifier_fn(signal.SIGTERM, None)  # without a step under way
+    assert trainer.strategy.launcher.sent == [signal.SIGTERM] * 2
+    assert not trainer.received_sigterm  # of which Lightning would tell the other ranks in a collective
 
 
 def test_the_command_line_adds_none_where_one_is_given(monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from helpers import LLAMA, RandomRows, random_loader
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from processes import run_ranks
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig
@@ -241,6 +243,35 @@ def test_one_given_by_the_user_stays(clock):
 def test_peaks_are_those_without_sparsity(name, dtype, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
     assert throughput.peak_flops(torch.device("cuda"), dtype) == peak
+
+
+def test_memory_is_that_of_the_rank_that_has_most(monkeypatch):
+    monkeypatch.setattr(throughput, "memory_bytes", lambda device: 5)
+    others = torch.tensor([[30.0, 0.0, 9.0], [20.0, 0.0, 4.0]])
+    strategy = SimpleNamespace(
+        root_device=torch.device("cpu"), all_gather=lambda own: torch.cat([own.float()[None], others])
+    )
+    callback = Throughput()
+    callback._lengths = [np.array([8, 2])]
+    assert callback._over_ranks(SimpleNamespace(strategy=strategy, world_size=3)) == [60, 0, 9]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "weights", "dtype"),
+    [
+        (HalfPrecision("bf16-true"), torch.bfloat16, torch.bfloat16),
+        (Precision(), torch.bfloat16, torch.bfloat16),  # 32-true, whose weights are a half type all the same
+        (Precision(), torch.float32, torch.float32),
+        (MixedPrecision("bf16-mixed", "cpu"), torch.float32, torch.bfloat16),
+        (MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")), torch.float32, torch.float16),
+    ],
+)
+def test_the_peak_is_that_of_the_type_in_which_products_are_computed(plugin, weights, dtype, monkeypatch):
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, dtype: dtype)
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
+    trainer = SimpleNamespace(strategy=strategy, precision_plugin=plugin)
+    module = SimpleNamespace(model=SimpleNamespace(dtype=weights))
+    assert Throughput()._peak_flops(trainer, module) == dtype
 
 
 class Shards(LightningDataModule):

@@ -111,6 +111,57 @@ def test_out_of_memory_everywhere_stops_in_one_line_and_leaves_nothing_wrong_beh
     assert again.score == search_factors(tiny_llama(), texts(2), LENGTH, max_evaluations=6).score
 
 
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_a_search_that_was_cut_puts_no_rows_together_that_an_uncut_one_keeps_apart(monkeypatch, tmp_path, cut):
+    """Sums of a row may differ in the last bit with the rows beside it. Passes of 6 rows hold parts of candidates of 4."""
+    real, passes, limit = evaluating.row_sums, [], cut
+
+    def row_sums(model, factors, documents):
+        if len(passes) == limit:
+            raise KeyboardInterrupt
+        rows = zip(factors, documents, strict=True)
+        passes.append({(table.values, table.attention_factor, tuple(row.tokens.tolist())) for table, row in rows})
+        return real(model, factors, documents)
+
+    def search(folder):
+        passes.clear()
+        options = {"max_evaluations": 12, "batch_tokens": 6 * LENGTH, "folder": folder}
+        return search_factors(tiny_llama(), texts(4), LENGTH, **options)
+
+    monkeypatch.setattr(evaluating, "row_sums", row_sums)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "cut")
+    begun, limit = list(passes), -1
+    resumed, planned = search(tmp_path / "cut"), list(passes)
+    uncut = search(tmp_path / "uncut")
+    assert begun == passes[: len(begun)]
+    assert all(any(rows <= together for together in passes) for rows in planned)
+    assert [(row["values"], row["score"]) for row in resumed.history] == [
+        (row["values"], row["score"]) for row in uncut.history
+    ]
+
+
+class TwoWorkers(evaluating.SingleWorker):
+    """The first of two, whose other one does nothing."""
+
+    world_size = 2
+
+
+@pytest.mark.parametrize("mark", [None, "ds_id", "full_tensor"])
+@pytest.mark.parametrize("workers", [evaluating.SingleWorker, TwoWorkers])
+def test_a_process_that_others_wait_for_goes_on_with_shapes(monkeypatch, mark, workers):
+    """Whoever leaves a pass early would leave them waiting for its part of the weights."""
+    model, entered = tiny_llama(), []
+    if mark:
+        setattr(next(iter(model.parameters())), mark, 0)
+    mode = evaluating.GoOnWithShapes
+    monkeypatch.setattr(evaluating, "GoOnWithShapes", lambda: entered.append(mode()) or entered[-1])
+    monkeypatch.setattr(evaluating, "row_sums", lambda *_: torch.zeros(2, 4))
+    evaluator = Evaluator(model, [SearchDocument(t) for t in texts(2)], OBJECTIVES["perplexity"], workers=workers())
+    assert evaluator._attempt([(0, 0), (0, 1)], TABLES) is not None
+    assert len(entered) == (mark is not None and workers is TwoWorkers)
+
+
 def test_a_race_drops_by_standard_errors_of_paired_differences():
     reference = [2.0, 3.0, 1.0, 2.5]
     race = Race(z=2.0, value=2.125, documents=reference)

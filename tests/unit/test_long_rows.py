@@ -175,6 +175,23 @@ def test_layers_that_are_not_what_they_seem_stay_whole(small_parts, monkeypatch)
     torch.testing.assert_close(found, hidden_states(model, tokens_of()), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_weights_that_other_ranks_hold_parts_of_stay_as_their_strategy_knows_them(small_parts):
+    """ZeRO-3 gathers a layer at its call, which all ranks must make alike; views of a shard's rows are no heads."""
+    model, tokens = model_of("llama"), tokens_of()
+    expected = hidden_states(model, tokens)
+    assert small_parts.groups == 2
+    first, second = (layer.self_attn for layer in model.get_decoder().layers)
+    first.k_proj.weight.full_tensor = second.o_proj.weight.full_tensor = None  # as a DTensor has
+    small_parts.groups = 0
+    torch.testing.assert_close(hidden_states(model, tokens), expected, rtol=0, atol=1e-5)
+    assert small_parts.groups == 0
+    model.get_input_embeddings().weight.ds_id = 0
+    small_parts.tiles = 0
+    torch.testing.assert_close(hidden_states(model, tokens), expected, rtol=0, atol=1e-5)
+    assert small_parts.tiles == 0
+
+
 LLAMA_2 = {"model_type": "llama", "num_hidden_layers": 2}
 LLAMA_3 = {**LLAMA_2, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
 WINDOW = 2_097_152

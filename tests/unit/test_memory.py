@@ -1,6 +1,7 @@
 """Savings of memory in training: the same gradients for less memory, counted on the storages that are alive."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -95,6 +96,23 @@ def test_offloaded_inputs_are_all_that_waits_on_the_cpu(monkeypatch):
     save_memory(model, decoder_layers(model), True, Memory(offload_activations=True))
     step(model, torch.zeros(2, 16, dtype=torch.int64))
     assert [shape for shape in moved if shape != (0,)] == [(2, 16, 64)] * 2  # one for each layer
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_what_leaves_a_gpu_goes_through_pinned_memory(monkeypatch, cuda):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(memory, "save_on_cpu", lambda pin_memory: asked.append(pin_memory) or nullcontext())
+    assert memory.offloaded_checkpoint(torch.neg, torch.ones(1, requires_grad=True)).item() == -1
+    assert asked == [cuda]
+
+
+def test_every_norm_and_mlp_is_tiled_that_of_the_decoder_s_end_too():
+    model = model_of("llama")
+    save_memory(model, decoder_layers(model), False, Memory(mlp_tile=7))
+    tiled = {name for name, module in model.named_modules() if "forward" in vars(module)}
+    inner = ("mlp", "input_layernorm", "post_attention_layernorm")
+    assert tiled == {"model.norm", *(f"model.layers.{layer}.{name}" for layer in (0, 1) for name in inner)}
 
 
 def test_arguments_without_effect_are_refused():

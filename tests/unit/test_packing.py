@@ -189,6 +189,14 @@ def test_excerpts_start_at_random_places_and_only_the_longest_documents_give_mor
     assert Counter((more >= FIRST + 300).tolist()) == {False: 3, True: 2}
 
 
+def test_further_excerpts_are_of_the_document_of_which_most_is_left():
+    packed, ends = documents(40, 100, 60), np.cumsum([40, 100, 60])
+    for count, shares in ((4, [1, 2, 1]), (7, [1, 5, 1]), (9, [1, 6, 2]), (10, [1, 7, 2])):
+        first = excerpts(packed, count, 10, bos=None)[:, 0] - FIRST
+        owners = np.searchsorted(ends, first, side="right")
+        assert np.bincount(owners, minlength=3).tolist() == shares
+
+
 def test_excerpts_of_very_many_documents_are_drawn_evenly_from_all():
     count = SHUFFLED + 1000
     tokens, numbers = np.arange(count, dtype=np.uint32), np.arange(count)

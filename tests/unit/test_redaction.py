@@ -35,6 +35,13 @@ SECRET = "b7f1c0ffee" * 4
         "wandb_key: {}",
         "longrope fit --data.storage-key={} --seed 1",
         '{{"encryption_key": "{}", "x": 1}}',
+        "file: https://host/x.zst?token={}&part=3",
+        "file: https://host/x.zst?part=3&auth_token={}&x=1",
+        "file: https://host/x.zst?key={}&part=3",
+        "file: https://host/x.zst?x-api-key={}&part=3",
+        "file: https://host/x.zst?password={}&part=3",
+        "file: https://host/x.zst?sig={}&part=3",
+        "file: https://host/x.zst?X-Amz-Credential={}&part=3",
         "no run at /home/x/https:/user:{}@host/x",
     ],
 )
@@ -158,7 +165,10 @@ def test_words_of_a_command():
 
 @pytest.mark.parametrize(
     "secret",
-    ["hf_" + "aB3" * 11, "sk-proj-" + "x9" * 12, "ghp_" + "a" * 36, "AKIA" + "Q" * 16, "wandb_v1_" + "z" * 40],
+    ["hf_" + "aB3" * 11, "sk-proj-" + "x9" * 12, "AKIA" + "Q" * 16, "wandb_v1_" + "z" * 40, "glpat-" + "x-9" * 8]
+    + [f"gh{kind}_" + "a" * 36 for kind in "pousr"]
+    + ["github_pat_" + "1" * 22 + "_" + "b" * 59]
+    + [f"xox{kind}-123456789012-abcDEF" for kind in "abp"],
 )
 def test_well_known_shapes_are_found_anywhere(secret):
     assert redact(f"see <{secret}>, twice {secret}") == f"see <{MARK}>, twice {MARK}"
@@ -169,6 +179,9 @@ def test_values_of_the_environment_are_found_anywhere(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("DB_PASSWORD", SECRET + "+more")
     assert redact(f"a plain words 1 b {SECRET} c {SECRET}+more") == f"a {MARK} b {MARK} c {MARK}"
+    for name in ("SOME_SERVICE_KEY", "GITLAB_PAT", "REGISTRY_AUTH", "KEY"):
+        monkeypatch.setenv(name, f"what {name} holds")
+        assert redact(f"a what {name} holds b") == f"a {MARK} b"
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "rather false")
     assert redact("rather false") == "rather false"
 

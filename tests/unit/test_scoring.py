@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from helpers import tiny_llama
+from live_bytes import LiveBytes
 from small_tokenizers import byte_level
 
+from lightning_longrope import scoring
 from lightning_longrope.evaluating import score_candidates
 from lightning_longrope.factors import RescaleFactors
 from lightning_longrope.model import install_factors
@@ -21,7 +23,7 @@ from lightning_longrope.objectives import (
     named_objective,
     search_documents,
 )
-from lightning_longrope.scoring import greedy_matches, token_nll
+from lightning_longrope.scoring import continuation_scores, greedy_matches, token_nll
 
 SHAPE = {"rotary_size": 16, "base": 10_000.0, "original_length": 32, "target_length": 64}
 
@@ -214,3 +216,28 @@ def test_passes_on_a_cpu_do_not_take_their_memory_from_the_system_again_and_agai
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 20_000  # pages in five passes; 60,000 where each is handed back
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "score",
+    [
+        token_nll,
+        lambda model, rows: token_nll(model, rows, last=250),
+        lambda model, rows: greedy_matches(model, rows, 250),
+        lambda model, rows: continuation_scores(model, rows[:, :-1].tolist(), [(0, rows[0, 6:].tolist())]),
+    ],
+    ids=["all", "last", "greedy", "continuations"],
+)
+def test_no_more_logits_are_alive_than_those_of_a_few_positions(score, monkeypatch):
+    vocabulary, positions = 2048, 8
+    monkeypatch.setitem(scoring.LOGITS_AT_A_TIME, "cpu", positions * vocabulary)
+    model = tiny_llama(vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    with LiveBytes(model) as live:
+        score(model, torch.arange(256).view(1, -1))
+    assert live.most < 6 * 4 * positions * vocabulary  # float32; those of all positions are 2 MiB
+
+
+def test_positions_at_a_time_follow_the_vocabulary_up_to_a_number():
+    assert {scoring._positions_at_a_time(tiny_llama(vocab_size=size)) for size in (8, 1024)} == {1024}
+    assert scoring._positions_at_a_time(tiny_llama(vocab_size=2**16)) == 64  # 16 MiB in float32

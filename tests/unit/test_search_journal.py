@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -69,6 +70,16 @@ def test_floats_come_back_to_the_last_bit(tmp_path):
     scores = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308]
     journal.append([record(number, score) for number, score in enumerate(scores)])
     assert [entry["score"] for entry in Journal(tmp_path / "j", {}).records] == scores
+
+
+def test_a_line_is_on_the_disk_before_the_search_goes_on(path, monkeypatch):
+    """The system may hold what was written for half a minute, and a machine that fails then takes it away."""
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size) or fsync(number))
+    journal = Journal(path, FINGERPRINT)
+    for number in (3, 4):
+        journal.append([record(number)])
+        assert synced[-1:] == [path.stat().st_size]
 
 
 def test_a_file_cut_at_any_byte_is_repaired(path):
