@@ -38,6 +38,8 @@ TILE = 16_384
 GROUP = QUERIES_AT_A_TIME
 """Most elements of the queries of heads that attend at a time: 2 GiB in a half type."""
 
+_WHOLE = ("cache", "past_key_values", "row_group", "attention_mask")  # what an attention layer is given with all heads
+
 _FEW = 16  # tokens that prove that heads in groups are right
 
 
@@ -116,7 +118,7 @@ def by_heads(module: Any, forward: Callable[..., Any], *args: Any, **options: An
         *args: What the decoder layer gives it.
         **options: The same by name, hidden states [B, S, H] and cos and sin among them.
     """
-    if args or any(options.get(name) is not None for name in ("cache", "past_key_values", "row_group", "attention_mask")):
+    if args or any(options.get(name) is not None for name in _WHOLE):
         return forward(*args, **options)
     heads, keys = _heads(module)
     elements = options["hidden_states"][..., 0].numel() * module.head_dim  # of the queries of a head

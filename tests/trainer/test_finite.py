@@ -138,7 +138,7 @@ def test_fp16_that_finds_no_scale_stops(tmp_path):
 
 
 def test_only_steps_in_a_row_are_too_many_to_be_left_out(tmp_path):
-    """Whenever the scale is doubled again some are; 24 of them here, with one good step among them."""
+    """Whenever the scale is doubled again some are; 31 of them here, with one good step among them."""
     trainer = Trainer(accelerator="cpu", logger=False, plugins=[half_precision(8)[0]], default_root_dir=tmp_path)
     looking, steps = finite.StopAtNan(), iter(range(99))
 

@@ -113,7 +113,7 @@ def test_out_of_memory_everywhere_stops_in_one_line_and_leaves_nothing_wrong_beh
 
 @pytest.mark.parametrize("cut", [1, 2, 4])
 def test_a_search_that_was_cut_puts_no_rows_together_that_an_uncut_one_keeps_apart(monkeypatch, tmp_path, cut):
-    """Sums of a row may differ in the last bit with the rows beside it. Passes of 6 rows hold parts of candidates of 4."""
+    """Sums of a row may differ in the last bit with the rows beside it; passes of 6 hold parts of candidates of 4."""
     real, passes, limit = evaluating.row_sums, [], cut
 
     def row_sums(model, factors, documents):

@@ -118,9 +118,7 @@ def test_a_conversation_goes_on_with_the_cache_of_its_last_turn(kind):
     first = _generate(model, PROMPT[:1], MASK[:1], max_new_tokens=10, min_new_tokens=10, **{CACHE: cache})
     so_far = torch.cat([PROMPT[:1], torch.tensor(first)], dim=1)
     more = NEW - 10
-    rest = _generate(
-        model, so_far, torch.ones_like(so_far), max_new_tokens=more, min_new_tokens=more, **{CACHE: cache}
-    )
+    rest = _generate(model, so_far, torch.ones_like(so_far), max_new_tokens=more, min_new_tokens=more, **{CACHE: cache})
     assert first[0] + rest[0] == expected
 
 
@@ -147,9 +145,7 @@ def test_a_cache_that_a_plain_forward_has_filled_is_known_by_its_length():
     for held in (14, 18):  # with the first table, and with the one that goes on
         with torch.no_grad():
             cache = model(prompt[:, :held], **{CACHE: DynamicCache(config=model.config)})[CACHE]
-        found = _generate(
-            model, prompt, torch.ones_like(prompt), **{CACHE: cache}, max_new_tokens=5, min_new_tokens=5
-        )
+        found = _generate(model, prompt, torch.ones_like(prompt), **{CACHE: cache}, max_new_tokens=5, min_new_tokens=5)
         assert found == [expected], held
 
 
