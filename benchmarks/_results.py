@@ -12,9 +12,11 @@ import os
 import platform
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="smaller cases, under ten minutes; writes no results")
     made.add_argument("--check", action="store_true", help="exit status 1 where a goal is missed or a row failed")
+    commit()  # as it is now, whatever is committed while the script runs
     return made
 
 
@@ -133,6 +136,7 @@ def record_of(name: str, rows: Sequence[Row], packages: Sequence[str], where: st
     """
     return {
         "command": command(name),
+        "commit": commit(),
         "machine": where,
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
         "rows": [asdict(row) for row in rows],
@@ -151,6 +155,19 @@ def command(name: str) -> str:
     """The command that runs now; of absolute paths only the last part."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["python", f"benchmarks/{name}.py", *words])
+
+
+@cache
+def commit() -> str:
+    """The commit that is checked out, with ``+`` where files differ from it, but for results and their page."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=RESULTS.parents[1], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    results = (":!benchmarks/results", ":!benchmarks/README.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def machine() -> str:

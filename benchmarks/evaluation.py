@@ -214,8 +214,26 @@ def compare(case: Case) -> list[Row]:
         lower_is_better(f"{name}: time in the decoder", found["decoder"], peer["decoder"], "s"),
         lower_is_better(f"{name}: time in output head and loss", heads[0], heads[1], "s"),
         lower_is_better(f"{name}: peak memory, vocabulary x 4 (peer: ours, x 1)", peaks[2], peaks[0], "MiB", ">= 0.8"),
+        *windows(replace(case, lengths=tuple(length // part for part in (4, 2, 1))), least),
         *prefixes(replace(case, what="prefixes", lengths=tuple(length // part for part in (8, 4, 2, 1)), documents=8)),
     ]
+
+
+def windows(case: Case, least: str) -> list[Row]:
+    """Several windows in one run of the callback, beside as many runs of the stock loop."""
+    together, separate = measured("ours", case), measured("stock", case)
+    name = f"sliding windows of {', '.join(f'{length:,}' for length in case.lengths)} tokens, stride {case.stride}"
+    return [
+        lower_is_better(f"{name}: processor time", together["seconds"], separate["seconds"], "s", ">= 2"),
+        peak(name, together, separate, least),
+        agreement(name, together, separate),
+    ]
+
+
+def peak(name: str, one: dict[str, Any], other: dict[str, Any], goal: str | None = None) -> Row:
+    """Peak memory of two sides."""
+    name = f"{name}: peak memory above the model"
+    return lower_is_better(name, one["peak"] / 2**20, other["peak"] / 2**20, "MiB", goal)
 
 
 def prefixes(case: Case) -> list[Row]:
@@ -226,6 +244,7 @@ def prefixes(case: Case) -> list[Row]:
     return [
         lower_is_better(f"{name}: processor time", many["seconds"], separate["seconds"], "s", ">= 1.5"),
         lower_is_better(f"{name} (peer: ours, the longest alone)", many["seconds"], alone["seconds"], "s", ">= 0.85"),
+        peak(name, many, separate),
         agreement(name, many, separate),
     ]
 

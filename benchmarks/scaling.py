@@ -2,8 +2,9 @@
 
     python benchmarks/scaling.py [--quick] [--check]
 
-- Length: a forward pass and a training step of a small Llama on one row, attention apart from the rest (the profiler's
-  time of its kernels). The rest is to be linear, attention may be quadratic.
+- Length: a forward pass and a training step of a small Llama on one row, with the loss that is the default (fused),
+  attention apart from the rest (the profiler's time of its kernels). The rest is to be linear, attention may be
+  quadratic.
 - Corpus: documents of about 100 bytes, many of them, since an index grows with their number. JSON lines are tokenised
   (bytes are tokens: a real tokenizer would hide what we do), the datamodule is opened, excerpts for a search are cut,
   the first row of an epoch is read, then rows at random. All may grow as the corpus does, but for the row at random,
@@ -13,6 +14,10 @@
 An exponent is the slope of log seconds over log size; small sizes, where a constant rules, make it lower, so that of
 the last two sizes has a line of its own. Seconds are of processor time, the least of several, with one thread; of ranks
 the wall as well. Plots are in ``results/scaling.png``.
+
+The C library keeps freed memory here (``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_``), as in
+``training.py``. ``longrope fit`` does not set that: there pages of large tensors are asked for again and again, which
+takes time too.
 """
 
 import os
@@ -39,7 +44,7 @@ from _results import RESULTS, Row, finish, higher_is_better, parser
 
 from lightning_longrope import LongRoPEModule, search_factors
 from lightning_longrope.datamodules import PackedTextDataModule
-from lightning_longrope.losses import chunked_nll
+from lightning_longrope.losses import LOSSES
 from lightning_longrope.model import output_head
 from lightning_longrope.search import EvolutionSearch
 
@@ -114,10 +119,9 @@ def length_curves(lengths: tuple[int, ...]) -> Curves:
     module, curves = small_model(window=max(lengths)), Curves()
 
     def step(tokens: torch.Tensor) -> None:
-        hidden = module.hidden_states({"input_ids": tokens})
-        nll, count = chunked_nll(
-            hidden.flatten(0, 1), output_head(module.model), module.predicted(tokens, -100).flatten()
-        )
+        hidden, head = module.hidden_states({"input_ids": tokens}).flatten(0, 1), output_head(module.model)
+        labels = module.predicted(tokens, -100).flatten()
+        nll, count = LOSSES[module.loss_name](hidden, head, labels, chunk=head.tokens_at_a_time)
         (nll / count).backward()
         module.zero_grad(set_to_none=True)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from _bases import CACHE, TARGET, Base, trained_base
 from _released import ReleasedSearch
-from _results import RESULTS, Row, finish, parser
+from _results import RESULTS, Row, commit, finish, parser
 
 from lightning_longrope import RescaleFactors, install_factors, search_factors
 from lightning_longrope.files import write_json
@@ -111,6 +111,7 @@ def measure(base: Base, name: str, folder: Path) -> dict[str, Any]:
     row = {"forwards": result.forwards, "evaluations": result.evaluations, "score": result.score}
     row |= {"values": list(result.factors.values), **judge(base, result.factors)}
     row["curve"] = curve(base, result) if name in MAIN else []
+    row["commit"] = commit()  # runs of several are collected
     write_json(done, row)
     return row
 

@@ -35,7 +35,8 @@ def section(path: Path) -> str:
         return f"### {path.stem}\n\n{WAITING.get(path.stem, 'Not run yet.')}"
     record = read(path)
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    lines = [f"### {path.stem}", "", f"`{record['command']}`  ", f"{record['machine']}; {versions}", ""]
+    where = f"{record['machine']}; {versions}" + (f"; commit {record['commit']}" if "commit" in record else "")
+    lines = [f"### {path.stem}", "", f"`{record['command']}`  ", where, ""]
     lines += ["| what | ours | peer | ratio | goal | met |", "|---|--:|--:|--:|--:|---|", *map(cells, record["rows"])]
     return "\n".join([*lines, *pictures(path)])
 

@@ -4,6 +4,8 @@ import ast
 import importlib
 import json
 import math
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +60,10 @@ def test_results_are_whole(path, script):
     record = json.loads(path.read_text())
     assert {"command", "machine", "versions", "rows"} <= record.keys()
     assert f"benchmarks/{path.stem}.py" in record["command"]
+    if "commit" in record:  # which older files lack
+        assert re.fullmatch(r"[0-9a-f]{12}\+?", record["commit"])
+        assert " cores of " in record["machine"]
+        assert "python" in record["versions"]
     assert not [word for word in ("/tmp", "/home", "/root", "/work") if word in path.read_text()]
     rows = script("_results").read(path)["rows"]
     assert rows
@@ -103,7 +109,28 @@ def test_a_missed_goal_is_an_exit_status(script, monkeypatch, tmp_path, capsys):
     assert written["command"] == "python benchmarks/step.py --check --cache place"
     assert written["rows"] == [{"name": "rate", "ours": 2, "peer": 1, "unit": "/s", "ratio": 2.0, "goal": None}]
     assert written["more"] == 1
+    assert written["commit"] == results.commit()
+    assert f"cores of {results.processor()}" in written["machine"]
+    assert set(written["versions"]) == {"python", "torch"}
     assert "MISS step: 2 s, peer 1, ratio 0.5 (goal >= 1)" in capsys.readouterr().out
+
+
+def test_results_name_the_commit_and_whether_files_differ_from_it(script, monkeypatch, tmp_path):
+    results = script("_results")
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(results, "RESULTS", folder)
+    assert results.commit.__wrapped__() == "unknown"
+    for name in ("code.py", "benchmarks/README.md", "benchmarks/results/step.json"):
+        (tmp_path / name).write_text("1")
+    me = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "-A"), (*me, "commit", "-qm", "One")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    found = results.commit.__wrapped__()
+    assert re.fullmatch(r"[0-9a-f]{12}", found)
+    for name, mark in (("benchmarks/README.md", ""), ("benchmarks/results/step.json", ""), ("code.py", "+")):
+        (tmp_path / name).write_text("2")
+        assert results.commit.__wrapped__() == found + mark
 
 
 @pytest.mark.parametrize("goal", ["2", "> 2", ">= two", "2x"])
