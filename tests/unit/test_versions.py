@@ -49,3 +49,15 @@ def test_the_workflow_runs_what_a_machine_runs_and_oldest_and_newest_versions():
     assert any(step.get("run") == ".ci/run" for step in jobs["test"]["steps"])
     assert jobs["versions"]["strategy"]["matrix"]["versions"] == ["oldest", "newest"]
     assert any(step.get("run") == ".ci/versions ${{ matrix.versions }}" for step in jobs["versions"]["steps"])
+
+
+def test_the_workflow_runs_slow_tests_and_those_of_several_processes_with_the_newest_extras():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]["extras"]
+    (step,) = [step for step in job["steps"] if step.get("run") == ".ci/versions newest"]
+    extras = set(step["env"]["EXTRAS"].strip("[]").split(","))
+    assert {"deepspeed", "gguf", "lora", "wandb"} <= extras <= set(PROJECT["optional-dependencies"])
+    assert step["env"]["MARKS"] == "(slow or distributed) and not network"
+    script = (ROOT / ".ci" / "versions").read_text(encoding="utf-8")
+    read = set(re.findall(r"\$\{([A-Z_]+):[-+?]", script))
+    assert set(step["env"]) <= read
+    assert all((ROOT / folder).is_dir() for folder in step["env"]["TESTS"].split())
