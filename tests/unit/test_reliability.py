@@ -13,11 +13,11 @@ KINDS = re.compile(r"(?P<file>[\w./-]+\.(?:py|sh)|\.ci/\w+)(?:::(?P<test>test_\w
 
 
 def rows():
-    """Promise and what holds it, of every row of every table."""
+    """Promise, what holds it and its figure, of every row of every table."""
     lines = [line for section in SECTIONS for line in section.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
-    return [(promise, held_by) for promise, held_by, _ in cells if promise != "promise" and set(promise) != {"-"}]
+    return [tuple(row) for row in cells if row[0] != "promise" and set(row[0]) != {"-"}]
 
 
 def functions_of(path):
@@ -31,8 +31,9 @@ def test_every_section_has_a_table_and_there_are_promises():
     assert len(rows()) > 20
 
 
-@pytest.mark.parametrize(("promise", "held_by"), rows())
-def test_what_holds_a_promise_exists(promise, held_by):
+@pytest.mark.parametrize(("promise", "held_by", "figure"), rows())
+def test_what_holds_a_promise_exists_and_there_is_a_figure(promise, held_by, figure):
+    assert figure, f"no figure of {promise!r}: how many cases, kills, files or ranks"
     named = re.findall(r"`([^`]+)`", held_by)
     assert named, f"nothing holds {promise!r}"
     assert not re.sub(r"`[^`]+`|[\s,;]", "", held_by), "names of tests, scripts and targets only"
