@@ -3,9 +3,9 @@
 The stock loop sets a candidate's factors as transformers' own ``longrope`` and calls the model with ``labels=``, one
 document after another, collecting garbage in between as released search scripts do. Ours is the ``Evaluator`` of a
 search with its journal. Each side has a process of its own with all cores; they take turns, slice by slice of the
-candidates, and must find the same losses. Figures are of one (candidate, document) pair, and every row says the mean of
-how many: all 160 of a generation for the tiny model at 256 and 2,048 tokens, 40 of it at 512 and 1,024, and no more
-than 15, 10, 5 and 10 of the 100M model at 256, 512, 1,024 and 2,048 tokens, where a pair takes the loop up to 3
+candidates, and must find the same losses. Figures are of one (candidate, document) pair, and its row says of how many
+it is the mean: all 160 of a generation for the tiny model at 256 and 2,048 tokens, 40 of it at 512 and 1,024, and no
+more than 15, 10, 5 and 10 of the 100M model at 256, 512, 1,024 and 2,048 tokens, where a pair takes the loop up to 3
 seconds. Memory is the peak of anonymous pages above the loaded model.
 
     python benchmarks/generation.py            writes benchmarks/results/generation.json
