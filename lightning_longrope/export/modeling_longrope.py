@@ -102,7 +102,8 @@ class LongRopeForCausalLM(Base):
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The model's own inputs; the cache is computed again where a sequence goes on with another table."""
-        cache, position_ids = kwargs.get("past_key_values"), kwargs.get("position_ids")
+        names = ("cache", "past_key_values")  # from transformers 5.24 on, and before
+        cache, position_ids = next((kwargs[name] for name in names if name in kwargs), None), kwargs.get("position_ids")
         if cache is not None:
             ends = torch.tensor([input_ids.shape[1]]) if position_ids is None else position_ids[:, -1] + 1
             new = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
