@@ -259,7 +259,10 @@ set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError, ValueError))
 
 
 class LongRoPEParser(LightningArgumentParser):
-    """Parser whose errors are one line."""
+    """Parser whose errors are one line, and which takes no part of an option's name for the whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
