@@ -16,13 +16,24 @@ PACKAGE = Path(lightning_longrope.__file__).parent
 FLOORS = [  # each may import from its own floor and those before it
     {"files", "geometry", "rope", "factors", "packing", "retrieval", "losses", "search", "rotary", "optimizers"}
     | {"mixing", "summary", "windows", "redaction", "tables", "objectives", "tokenizing", "out_of_memory"}
-    | {"onednn", "memory"}
+    | {"onednn", "memory", "plain_errors", "streams"}
     | {"attention", "checkpoints", "estimate", "heads", "levers", "lora", "reading", "run_settings", "sliding"}
     | {"collectives", "locks", "stopping"},
     {"metrics", "model", "loading", "scoring", "fingerprints", "score_book", "evaluating"}
     | {"search_folder", "search_task", "searching"}
     | {"doctor", "generating", "reporting", "isolation", "layers", "long_rows", "sequence_parallel", "sizes"},
-    {"advising", "finite", "module", "datamodules", "callbacks", "harness", "tracking", "strategies", "peers"},
+    {
+        "checking",
+        "advising",
+        "finite",
+        "module",
+        "datamodules",
+        "callbacks",
+        "harness",
+        "tracking",
+        "strategies",
+        "peers",
+    },
     {"export", "recipes"},
     {"cli"},
     {"commands"},
@@ -30,6 +41,7 @@ FLOORS = [  # each may import from its own floor and those before it
 ]
 LIGHTNING = {
     "advising",
+    "checking",
     "finite",
     "metrics",
     "module",
