@@ -205,7 +205,8 @@ def test_a_folder_that_was_not_named_is_not_kept_from_others(material, tmp_path,
     taken = []
     monkeypatch.setattr("lightning_longrope.cli.only_run", lambda folder: nullcontext(taken.append(str(folder))))
     monkeypatch.setattr("lightning_longrope.cli.LongRoPECLI._run_subcommand", lambda *arguments: None)
-    stage = str(material / "eval.yaml")
+    (tmp_path / "eval.yaml").write_text((material / "eval.yaml").read_text().replace("{out}", str(tmp_path)))
+    stage = str(tmp_path / "eval.yaml")
     model = ["--model.config", json.dumps(MODEL), "--trainer.logger", "false"]
     for words in (["eval"], ["validate", "--out", "a"], ["test", "--out", "a"], ["eval", "--out", "b"]):
         assert main([words[0], "-c", stage, *model, *words[1:]]) == 0
