@@ -24,6 +24,7 @@ MENTIONED = {
     "datamodules": ("datamodules.base.TokenDataModule",),
     "package": ("search_folder.SearchRun", "evaluating.Workers"),
     "search": ("search.judgement.HeldOut",),
+    "strategies": ("strategies.whole_folder.WholeFolders",),
 }
 """Classes that the signatures of public ones mention, by the page that they stand on."""
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "search", "compare", "eval")
