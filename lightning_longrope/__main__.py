@@ -37,11 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
         SIGTERM came, 130 after one that says so of Ctrl-C.
     """
     make_ready()
-    status = _run(sys.argv[1:] if arguments is None else arguments)
+    status = _run(sys.argv[1:], last=True) if arguments is None else _run(arguments)
     return write_out() or status
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], last: bool = False) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return write_out(USAGE)
     if arguments[0] in ("--version", "version"):
@@ -49,7 +49,7 @@ def _run(arguments: list[str]) -> int:
 
         return write_out(f"longrope {__version__}\n")
     try:
-        with stoppable():
+        with stoppable(last):
             from lightning_longrope.commands import run_command
 
             return run_command(arguments[0], arguments[1:])

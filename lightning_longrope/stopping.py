@@ -44,11 +44,14 @@ class StoppedError(SystemExit):
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(last: bool = False) -> Iterator[None]:
     """Raises ``StoppedError`` wherever the main thread is when SIGTERM or SIGINT comes; elsewhere it does nothing.
 
     After that the process is meant to end: where a signal had its default, one more ends it at once. A signal that is
     ignored, as SIGINT is in the background of a shell, stays so.
+
+    Args:
+        last: Whether the process ends afterwards in any case: a signal on the way out is no crash either.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,15 +60,16 @@ def stoppable() -> Iterator[None]:
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, _stop)
+    leaving = last
     try:
         yield
     except StoppedError:
-        defaults = (signal.SIG_DFL, signal.default_int_handler)
-        before = {number: _leave if handler in defaults else handler for number, handler in before.items()}
+        leaving = True
         raise
     finally:
         for number, handler in before.items():
-            restore(handler, number)
+            default = handler in (signal.SIG_DFL, signal.default_int_handler)
+            restore(_leave if leaving and default else handler, number)
 
 
 def taken() -> list[int]:

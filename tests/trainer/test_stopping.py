@@ -302,3 +302,13 @@ except StoppedError:
 
 def test_one_more_signal_on_the_way_out_leaves_the_status_as_it_is():
     assert subprocess.run([sys.executable, "-c", TWICE], check=False).returncode == STATUS
+
+
+def test_a_signal_after_a_command_has_ended_is_no_crash():
+    script = (
+        "import atexit, os, signal, sys; from lightning_longrope.__main__ import main;"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM); sys.argv = ['longrope', 'tokenize']; sys.exit(main())"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == STATUS
+    assert ended.stderr.strip().startswith("longrope: error: `longrope tokenize` needs")
