@@ -1,11 +1,12 @@
 """Times a training step of LongRoPEModule in a Trainer against Hugging Face's Trainer and a loop of plain PyTorch.
 
 All three train the same model on the same batches with the same optimizer and precision, in one process and in turns,
-in an order drawn anew for each; a step is the time from the begin of one to the begin of the next, loading of its batch
-and logging included, in processor seconds of one thread, and the figure is the median over all turns. The losses of all
-three must agree. What a framework adds is measured on a model so small that it does not hide it, and held against a step of 200 ms. Gradients
-are clipped, as Hugging Face's Trainer does by default and the quick start too. The C library is told to keep the memory
-it has: otherwise up to 13,000 page faults a step come and go with what ran before, 10 % of its time.
+in an order drawn anew for each; a step is the time from the begin of one to the begin of the next, loading of its
+batch and logging included, in processor seconds of one thread, and the figure is the median over all turns. The
+losses of all three must agree. What a framework adds is measured on a model so small that it does not hide it, and
+held against a step of 200 ms. Gradients are clipped, as Hugging Face's Trainer does by default and the quick start
+too. The C library is told to keep the memory it has: otherwise up to 13,000 page faults a step come and go with what
+ran before, 10 % of its time.
 
 Compiled layers are measured at the quick start's own size, over as many steps as it takes, compilation included.
 
@@ -229,7 +230,7 @@ Side = Callable[[Case, dict[str, Tensor], Path], Turn]
 
 
 def in_turns(case: Case, sides: dict[str, Side], folder: Path) -> dict[str, float]:
-    """Median seconds of a step of every side; their order is drawn anew for every turn, so that none is always first."""
+    """Median seconds of a step of every side; their order is drawn anew for every turn, so none is always first."""
     start, turns, chance = weights(case), {name: [] for name in sides}, random.Random(0)
     for _ in range(case.turns):
         for name in chance.sample(list(sides), len(sides)):
