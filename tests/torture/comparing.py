@@ -112,10 +112,13 @@ def check_steps_again(out: Path, kills: int, stops: int) -> None:
 def _named(out: Path) -> dict[str, Path]:
     """Files of a run, but for those of which a resumed one has more: versions of Lightning's logs.
 
-    The folder of a comparison is named after when its models were written.
+    The folder of a comparison is named after when its models were written. Who held a lock stays beside it when that
+    process is killed, until the next one takes the lock, and nobody needs to where all is finished.
     """
     found: dict[str, Path] = {}
     for path in sorted(out.rglob("*")):
+        if path.name.endswith(".lock.json"):
+            continue
         if path.is_file() and LOGS not in path.parts and "rows" not in path.parts:
             name = re.sub(r"methods-\w+", "methods", str(path.relative_to(out)))
             if name in found:
