@@ -1,6 +1,7 @@
 """What every test gets: one thread, no network, and the folder of the helpers on the path."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small tensors need no more, and a process forked after OpenMP has started threads hangs in its first operator.
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _OF_RANKS = (
     "RANK",
