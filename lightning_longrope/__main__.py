@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_longrope.stopping import StoppedError, stoppable
+from lightning_longrope.stopping import StoppedError, ends_with, stoppable
 from lightning_longrope.streams import make_ready, write_out
 
 USAGE = """\
@@ -52,7 +52,10 @@ def _run(arguments: list[str], last: bool = False) -> int:
         with stoppable(last):
             from lightning_longrope.commands import run_command
 
-            return run_command(arguments[0], arguments[1:])
+            status = run_command(arguments[0], arguments[1:])
+            if last:
+                ends_with(status)
+            return status
     except StoppedError as stop:
         if stop.first or not stop.together:
             sys.stderr.write(f"longrope: {stop}\n")

@@ -51,7 +51,8 @@ def stoppable(last: bool = False) -> Iterator[None]:
     ignored, as SIGINT is in the background of a shell, stays so.
 
     Args:
-        last: Whether the process ends afterwards in any case: a signal on the way out is no crash either.
+        last: Whether the process ends afterwards in any case: a signal on the way out is no crash either, and leaves
+            the status that ``ends_with`` was given.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -82,9 +83,17 @@ def restore(handler: Any, number: int = signal.SIGTERM) -> None:
     signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+_ending: list[int] = []  # the status of a command that has ended
+
+
+def ends_with(status: int) -> None:
+    """Keeps the exit status of a process whose command has ended, for a signal that comes on the way out."""
+    _ending[:] = [status]
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
-    """One more signal ends a process that is about to end, with the status of that signal."""
-    os._exit(128 + number)
+    """One more signal ends a process that is about to end: with its own status, or that of the signal if stopped."""
+    os._exit(_ending[0] if _ending else 128 + number)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
