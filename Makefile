@@ -20,11 +20,13 @@ $(VENV)/installed: pyproject.toml
 quickstart: install
 	$(BIN)/longrope run configs/quickstart
 
+# Of the test files this many run at a time, one for each core; about 2 GiB of memory each.
+AT_A_TIME ?= 4
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses $(AT_A_TIME) --dist loadfile
 
 # N signals at random moments; what comes of them is appended to benchmarks/results/torture.jsonl.
 N ?= 100

@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=f"this machine cannot make network namespaces: {REASON}"),
 ]
 TIMEOUT = 20.0  # seconds
-STEPS = 40
+STEPS, SAVED_EVERY = 40, 4
 ZERO3 = {
     "class_path": "lightning_longrope.strategies.LongContextDeepSpeedStrategy",
     "init_args": {"stage": 3, "zero": {"stage3_param_persistence_threshold": 0}},
@@ -57,7 +57,7 @@ def recipe(root, name, processes):
     def fit(folder, strategy, **model):
         saver = {"dirpath": f"{{out}}/{folder}/checkpoints", "save_last": True, "save_top_k": 0}
         saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                 "init_args": {**saver, "every_n_train_steps": 4}}  # fmt: skip
+                 "init_args": {**saver, "every_n_train_steps": SAVED_EVERY}}  # fmt: skip
         logger = {"class_path": "lightning.pytorch.loggers.CSVLogger",
                   "init_args": {"save_dir": f"{{out}}/{folder}", "flush_logs_every_n_steps": 1}}  # fmt: skip
         trainer = {"strategy": strategy, "max_steps": STEPS, "log_every_n_steps": 1, "logger": logger}
@@ -203,9 +203,13 @@ def test_a_search_that_was_cut_on_two_nodes_is_that_of_one_process_bit_for_bit(r
 @pytest.mark.parametrize("stage", ["2-ddp", "3-zero3"])
 def test_training_on_two_nodes_and_again_is_that_of_one_process(runs, stage):
     two, one = losses(runs.out, stage), losses(runs.root / "one", stage)
-    assert sorted(two) == sorted(one) == list(range(STEPS))
-    for step, loss in one.items():
-        assert two[step] == pytest.approx(loss, rel=1e-4)
+    assert sorted(one) == list(range(STEPS))
+    # Lightning logs the loss of a step after its checkpoint: a kill between the two leaves that row out
+    unlogged = set(one) - set(two)
+    assert len(unlogged) <= 1
+    assert all((step + 1) % SAVED_EVERY == 0 for step in unlogged)
+    for step, loss in two.items():
+        assert loss == pytest.approx(one[step], rel=1e-4)
     starts = [path.read_text().splitlines()[1:] for path in sorted(runs.out.glob(f"{stage}/*/*/metrics.csv"))]
     assert len(starts) == 2
     assert len(starts[1]) < STEPS  # it did not begin anew
