@@ -44,9 +44,12 @@ def token_nll(hidden: Tensor, head: Head, labels: Tensor, chunk: int = 4096) -> 
     Returns:
         [N] float32, in nats.
     """
+    # results kept one by one would lie between the logits of chunks and part what these leave free
+    found = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     with torch.no_grad():
-        parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-        return torch.cat([_chunk_nll(head, states, targets) for states, targets in parts])
+        for states, targets, part in zip(hidden.split(chunk), labels.split(chunk), found.split(chunk), strict=True):
+            part.copy_(_chunk_nll(head, states, targets))
+    return found
 
 
 def _kept(labels: Tensor, weights: Tensor | None) -> Tensor:
