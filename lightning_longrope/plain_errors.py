@@ -22,6 +22,7 @@ _NOTHING = "- Expected a <class 'NoneType'>"
 _NO_SUBCLASS = "- Not a valid subclass of "
 _NUMBERED = re.compile(r'Parser key "([^"]+)":.*?unrecognized arguments: --(\d[\w.]*)', re.DOTALL | re.IGNORECASE)
 _NESTED = re.compile(r'Parser key "([^"]+)":\s+Parser key "([^"]+)":')
+_EMPTY = re.compile(r"\b(Given|Got) value: *$", re.MULTILINE)
 _SHORT = 80  # characters of a value that is worth showing
 
 
@@ -36,6 +37,7 @@ def plain(message: str) -> str:
             f"`--{found[1]}.{found[2]}`: an entry of a list goes by its number in files only, under `short` of a stage."
             f" Change the entry in the file, or give the whole list with --{found[1]}."
         )
+    message = _EMPTY.sub(r"\1 value: ''", message)
     if _UNION in message:
         lines = message.split("\n")
         said = _sentence(_entries(lines, (_NOTHING, _NO_SUBCLASS))) or _sentence(_entries(lines, (_NOTHING,)))

@@ -324,6 +324,7 @@ def test_mistakes_get_one_clear_line_and_leave_nothing(words, message, capfd, tm
     ("words", "said"),
     [
         (["--data.seq_len", "0"], "`seq_len` must be at least 4, got 0."),
+        (["--data.vocab_size", ""], "Parser key \"data.vocab_size\": Expected int. Got value: ''"),
         (["--data.seq_len", "abc"], 'Parser key "data.seq_len": Expected int. Got value: abc'),
         (["--model.loss", "nope"], 'Parser key "model.loss": '),
         (["--model.lora.rank", "0"], "`lora` needs a rank of at least 1"),

@@ -1,6 +1,8 @@
 """Errors of jsonargparse in one sentence: nothing that says what is wrong is lost, nothing else is kept."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_longrope.plain_errors import plain
 
@@ -37,6 +39,18 @@ LORA = union("", "[LoRA, NoneType]", ["`lora` needs a rank of at least 1, got ra
             'Parser key "data.seq_len": Expected int. Got value: abc',
         ),
         (
+            'Parser key "data": ',
+            ["Parser key \"seq_len\":\n  Expected a <class 'int'>. Got value: ", NOTHING],
+            "{'class_path': 'a.B', 'init_args': {'seq_len': ''}}",
+            "Parser key \"data.seq_len\": Expected int. Got value: ''",
+        ),
+        (
+            'Parser key "trainer.logger": ',
+            ["Expected a dot import path string: ", "Expected a <class 'bool'>", NOTHING],
+            "",
+            "Parser key \"trainer.logger\": Expected a dot import path string: Expected bool. Got value: ''",
+        ),
+        (
             'Parser key "precision": ',
             ["Expected a <class 'int'>.", "Expected a typing.Literal['16', '32']", f"{NOTHING}. Got value: [a\nb]"],
             "nope",
@@ -62,6 +76,12 @@ def test_only_what_says_what_is_wrong_is_kept_in_whatever_order_the_types_come(k
     assert plain(union(key, "[...]", entries, value)) == said
     if len(entries) == 2:
         assert plain(union(key, "[...]", entries[::-1], value)) == said
+
+
+@given(st.text())
+def test_whatever_the_value_is_what_was_expected_is_said(value):
+    inner = f"Parser key \"seq_len\":\n  Expected a <class 'int'>. Got value: {value}"
+    assert 'Parser key "data.seq_len": Expected int' in plain(union('Parser key "data": ', "[...]", [inner], value))
 
 
 def test_other_texts_stay_as_they_are():
