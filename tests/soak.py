@@ -14,7 +14,6 @@ import gc
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,8 +24,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from _results import RESULTS, commit
+
 COUNTS = ("handles", "threads", "children", "temporary")
 MIB_PER_HOUR = 32.0
 """Growth that a verdict lets pass: after a day, a run holds less than 1 GiB more."""
@@ -67,6 +67,7 @@ class Watch:
     def __init__(self, file: Path, temporary: Path, seconds: float = 5.0, **constant: Any) -> None:
         self.file, self.temporary, self.seconds, self.constant = file, temporary, seconds, constant
         self.begun, self.round, self._end = time.monotonic(), 0, threading.Event()
+        self._one_at_a_time = threading.Lock()  # a note sees no file that another has open
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Watch":
@@ -82,10 +83,11 @@ class Watch:
             self.note("during")
 
     def note(self, moment: str) -> None:
-        now = {"seconds": round(time.monotonic() - self.begun, 1), "round": self.round, "moment": moment}
-        line = json.dumps({**self.constant, **now, **holds(self.temporary)})
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self._one_at_a_time:
+            now = {"seconds": round(time.monotonic() - self.begun, 1), "round": self.round, "moment": moment}
+            line = json.dumps({**self.constant, **now, **holds(self.temporary)})
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def commands(home: Path, data: Path, steps: int) -> Iterator[list[str]]:
@@ -206,10 +208,12 @@ def complaints(samples: list[dict[str, Any]]) -> list[str]:
 
 
 def summary(samples: list[dict[str, Any]]) -> str:
-    """One line: how long, how many rounds, and how it grew."""
+    """One line: how long, how many rounds, and how it grew if there are enough of them."""
     runs = judged(samples)
     minutes = sum(max(s["seconds"] for s in samples if s["run"] == run) for run in {s["run"] for s in samples}) / 60
     rounds = sum(sample["moment"] == "end" for sample in samples)
+    if not any(len(run) > 1 for run in runs):
+        return f"{minutes:.0f} minutes, {rounds} rounds"
     slopes = ", ".join(f"{name} memory {growth(runs, name):+.1f} MiB an hour" for name in ("anonymous", "resident"))
     ends = runs[-1][-1]
     return f"{minutes:.0f} minutes, {rounds} rounds: {slopes}; " + ", ".join(f"{ends[name]} {name}" for name in COUNTS)
@@ -251,11 +255,6 @@ def draw(samples: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _commit() -> str:
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def main() -> int:
     """Returns 1 if anything piles up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,11 +264,11 @@ def main() -> int:
     os.nice(10)
     file = given.results / "soak.jsonl"
     if given.minutes:
-        soak(file, given.minutes, commit=_commit())
+        soak(file, given.minutes, commit=commit())
     samples = read(file)
     draw(samples, given.results / "soak.png")
     if given.minutes:
-        samples = [sample for sample in samples if sample["commit"] == _commit()]
+        samples = [sample for sample in samples if sample["commit"] == commit()]
     found = complaints(samples)
     sys.stdout.write("\n".join([summary(samples), *found, "piles up" if found else "flat"]) + "\n")
     return bool(found)

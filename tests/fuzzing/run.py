@@ -20,7 +20,6 @@ import platform
 import random
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(HERE.parents[1] / "benchmarks")]
 
 SECONDS, GIB, MOST_FINDS = 20, 4, 20
 LONGEST = 1 << 17  # bytes of an input
@@ -198,15 +197,12 @@ class _Work:
 
 def _append(out: Path, row: dict[str, Any]) -> None:
     """Adds a line to a file of results."""
+    from _results import commit  # only now: what it imports of the package is instrumented
+
     versions = {name: version(name) for name in ("torch", "transformers", "pyarrow", "PyYAML", "safetensors")}
-    about = {"commit": _commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    about = {"commit": commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**about, **row, "versions": {"python": platform.python_version(), **versions}}) + "\n")
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
-    return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

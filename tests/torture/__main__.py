@@ -4,7 +4,6 @@ import argparse
 import json
 import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +14,8 @@ from pathlib import Path
 from torture.killing import TESTS
 from torture.rounds import Torture
 
-RESULTS = TESTS.parent / "benchmarks" / "results" / "torture.jsonl"
+sys.path.append(str(TESTS.parent / "benchmarks"))
+from _results import RESULTS, commit
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", action="append", default=[], help="kill only this one: 2-search, eval, ...")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no round after so many")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "torture.jsonl")
     given = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has left out the first
         signal.signal(number, signal.default_int_handler)
@@ -41,7 +41,7 @@ def main() -> int:
             sys.stdout.write(f"{len(tally.fired)} moments, {len(tally.failures)} failures, {seconds:.0f} s\n")
             sys.stdout.flush()
     found = {
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": commit(),
         "seed": given.seed,
         "moments": len(tally.fired),
         "rounds": number,
@@ -58,10 +58,6 @@ def main() -> int:
     with given.results.open("a") as file:
         file.write(json.dumps(found) + "\n")
     return 1 if tally.failures else 0
-
-
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=TESTS, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -62,3 +62,12 @@ def test_rounds_leave_nothing_behind(tmp_path):
     assert all(third[name] <= second[name] for name in soak.COUNTS)
     assert third["anonymous"] < second["anonymous"] + 16
     assert soak.read(tmp_path / "soak.jsonl")[-1] == third
+
+
+@pytest.mark.slow
+def test_a_run_too_short_to_judge_says_so(tmp_path):
+    words = [sys.executable, "soak.py", "--minutes", "0.01", "--results", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=TESTS, timeout=280, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("0 minutes, 1 rounds\ntoo short to judge")
+    assert (tmp_path / "soak.png").exists()
