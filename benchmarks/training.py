@@ -67,7 +67,7 @@ class Case:
     rows: int
     length: int
     precision: str = "32-true"
-    steps: int = 60
+    steps: int = 150
 
     @property
     def config(self) -> dict[str, Any]:
