@@ -264,7 +264,7 @@ def bare(case: Case, start: dict[str, Tensor], folder: Path, side: Side) -> None
 
 
 def side_by_side(case: Case, runs: dict[str, Run], folder: Path) -> dict[str, list[float]]:
-    """Seconds of the steps of each side, in milliseconds; what is at one place of the lists ran one after another."""
+    """Milliseconds of the steps of each side; what is at one place of the lists ran one after another."""
     with quiet(folder):
         start, chance = weights(case), random.Random(0)
         sides = {name: Side(run, case, start, folder) for name, run in runs.items()}
