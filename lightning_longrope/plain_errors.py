@@ -22,7 +22,7 @@ _NOTHING = "- Expected a <class 'NoneType'>"
 _NO_SUBCLASS = "- Not a valid subclass of "
 _NUMBERED = re.compile(r'Parser key "([^"]+)":.*?unrecognized arguments: --(\d[\w.]*)', re.DOTALL | re.IGNORECASE)
 _NESTED = re.compile(r'Parser key "([^"]+)":\s+Parser key "([^"]+)":')
-_EMPTY = re.compile(r"\b(Given|Got) value: *$", re.MULTILINE)
+_EMPTY = re.compile(r"\b(Given|Got) value:[^\S\n]*$", re.MULTILINE)
 _SHORT = 80  # characters of a value that is worth showing
 
 
@@ -67,12 +67,12 @@ def _entries(lines: list[str], left_out: tuple[str, ...]) -> Iterator[str]:
 
 
 def _sentence(entries: Iterator[str]) -> str:
-    """Entries in one line; empty if there is nothing but the name of the key."""
+    """Entries in one line; empty if there is nothing but what stands before an entry, such as the name of the key."""
     said = ""
     for entry in entries:
         between = "" if not said else "; " if entry.startswith("- ") and not said.endswith(":") else " "
         said = f"{said.removesuffix('.') if between == '; ' else said}{between}{entry.removeprefix('- ')}"
-    return "" if said.endswith(":") else said
+    return "" if said.endswith(":") and "value: " not in said else said
 
 
 def _value(message: str) -> str | None:

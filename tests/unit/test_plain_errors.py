@@ -1,7 +1,7 @@
 """Errors of jsonargparse in one sentence: nothing that says what is wrong is lost, nothing else is kept."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_longrope.plain_errors import plain
@@ -78,7 +78,9 @@ def test_only_what_says_what_is_wrong_is_kept_in_whatever_order_the_types_come(k
         assert plain(union(key, "[...]", entries[::-1], value)) == said
 
 
-@given(st.text())
+@given(st.text() | st.text(alphabet=" :-\n\t\xa0'a"))
+@example(":")
+@example("\t")
 def test_whatever_the_value_is_what_was_expected_is_said(value):
     inner = f"Parser key \"seq_len\":\n  Expected a <class 'int'>. Got value: {value}"
     assert 'Parser key "data.seq_len": Expected int' in plain(union('Parser key "data": ', "[...]", [inner], value))
