@@ -193,7 +193,7 @@ def rows_of(runs: dict[str, dict[str, Any]], quick: bool) -> list[Row]:
             min(run["paper"]["forwards"] for run in bases),
             "forwards",
             min(cost),
-            ">= 2" if quick else ">= 12",
+            ">= 2" if quick else ">= 20",
         ),
         Row(
             "perplexity over YaRN's, largest",

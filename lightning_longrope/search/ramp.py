@@ -1,8 +1,9 @@
 """The default search: the best YaRN-like ramp, in three numbers, and then, on request, an evolution that bends it.
 
 Three numbers hold most of what a search can win and can hardly be fitted to the documents of the search, so few
-documents and few evaluations find them. The ramp's slow end stays at the extension ratio: those pairs never turned
-once in the pretrained window, and a smaller factor would show the model angles it has not seen.
+documents and few evaluations find them. The ramp's slow end stays at the extension ratio, and begins no later than at
+the pair that turned ``LEAST_TURNS`` times in the pretrained window: slower pairs have seen too little of the circle.
+A smaller factor would show the model angles it has not seen, for which the end of the window pays.
 """
 
 import math
@@ -21,6 +22,9 @@ from lightning_longrope.search.space import Candidate, SearchSpace
 
 START = (10.0, 0.55, -1.4)
 """First and last pair, as turns in the pretrained window, and bend: the middle of what trained models chose."""
+
+LEAST_TURNS = 0.6
+"""Turns in the pretrained window below which a pair has the largest factor in all ramps but YaRN's; START is close."""
 
 SPREAD = (0.8, 0.5, 0.5)
 """First standard deviations of the logarithms of those turns and of the bend."""
@@ -76,7 +80,7 @@ class RampSearch(SearchAlgorithm):
 
     def __init__(
         self,
-        max_evaluations: int = 24,
+        max_evaluations: int = 17,
         ramp_share: float = 1.0,
         generation: int = 7,
         population: int = 12,
@@ -158,8 +162,9 @@ class RampSearch(SearchAlgorithm):
             pair_with_turns(self.space, turns * math.exp(spread * float(step)))
             for turns, spread, step in zip(START, SPREAD, point[:2], strict=False)
         )
+        last = min(max(last, first + 1), pair_with_turns(self.space, LEAST_TURNS))
         bend = START[2] + SPREAD[2] * float(point[2])
-        ramp = Ramp(first, max(last, first + 1), largest_factor(self.space), bend)
+        ramp = Ramp(min(first, last - 1), last, largest_factor(self.space), bend)
         return self.space.candidate(ramp.values(self.space.pairs), origin="ramp")
 
     def _mutant(self, parents: list[Candidate]) -> Candidate:

@@ -116,7 +116,7 @@ def test_parents_are_the_best_of_all_candidates_so_far():
 
 @pytest.mark.parametrize(
     ("algorithm", "budget", "bar"),
-    [(EvolutionSearch, 1344, 0.5), (SmoothSearch, 200, 0.5), (partial(RampSearch, ramp_share=0.4), 200, 0.5)],
+    [(EvolutionSearch, 1344, 0.5), (SmoothSearch, 200, 0.5), (partial(RampSearch, ramp_share=0.2), 400, 0.5)],
 )
 def test_finds_a_hidden_table(algorithm, budget, bar):
     """``bar``: distance left, as a share of that of the best seed; the median of five tables."""
@@ -134,7 +134,7 @@ def test_finds_a_hidden_table(algorithm, budget, bar):
 @pytest.mark.parametrize("seed", range(5))
 def test_eighty_evaluations_of_ramp_search_come_near_a_hidden_ramp(seed):
     rng = np.random.default_rng(seed)
-    first, last, bend = rng.uniform(3, 6), rng.uniform(9, 16), rng.uniform(-2, 0)
+    first, last, bend = rng.uniform(3, 6), rng.uniform(9, 11.5), rng.uniform(-2, 0)
     target = np.log(Ramp(first, last, SPACE.scale, bend).values(SPACE.pairs))
 
     def fitness(candidate):
@@ -143,7 +143,7 @@ def test_eighty_evaluations_of_ramp_search_come_near_a_hidden_ramp(seed):
     search = RampSearch().start(SPACE, seed, max_evaluations=80)
     batches = run(search, fitness)
     assert search.evaluations == 80
-    assert search.best[1] < 0.05 < fitness(SPACE.seeds()[2])
+    assert search.best[1] < 0.1 < fitness(SPACE.seeds()[2])
     assert {candidate.origin for batch in batches for candidate in batch} == {"seed:yarn", "ramp"}
 
 
@@ -161,7 +161,7 @@ def test_genes_after_ramps_find_what_no_ramp_is():
 def test_a_warm_start_is_asked_first_and_begins_near_the_table_of_the_shorter_window():
     shape = {**SHAPE, "pinned": 0}
     short = SearchSpace(**{**shape, "target_length": 512})
-    ramp = Ramp(5.0, 15.5, short.scale, -0.6)
+    ramp = Ramp(4.0, 10.0, short.scale, -0.3)
     found = RescaleFactors(tuple((ramp.values(32) * np.linspace(1, 1.05, 32)).tolist()), 128, 512)
     space = SearchSpace(**shape, warm_start=found)
     first = RampSearch().start(space).ask()
@@ -257,6 +257,22 @@ def test_ramps_by_hand():
     assert Ramp(1, 3, 4.0, bend=0).values(5).tolist() == pytest.approx([1, 1, 2, 4, 4])
     assert Ramp(1, 3, 4.0, bend=-1).values(5).tolist() == pytest.approx([1, 1, 1 / 0.625, 4, 4])
     assert Ramp(0, 4, 4.0, bend=1).values(5).tolist() == pytest.approx([1, 1.75, 2.5, 3.25, 4])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    point=st.tuples(*[st.floats(-5, 5)] * 3),
+    rotary=st.sampled_from([8, 32, 64, 128]),
+    window=st.integers(16, 8192),
+    base=st.sampled_from([1e3, 1e4, 5e5]),
+    ratio=st.floats(1.5, 64),
+)
+def test_pairs_that_have_seen_too_little_of_the_circle_are_slowed_in_full(point, rotary, window, base, ratio):
+    target = math.ceil(ratio * window)
+    space = SearchSpace(rotary_size=rotary, base=base, original_length=window, target_length=target, pinned=0)
+    values = np.array(RampSearch().start(space)._ramp(np.array(point)).values)
+    turns = window / (2 * math.pi * base ** (np.arange(rotary // 2) / (rotary // 2)))
+    assert values[turns < 0.5999] == pytest.approx(target / window, abs=0.011)
 
 
 def test_the_first_ramp_counts_turns_in_the_window_of_the_pretraining():
