@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_longrope import LongRoPEModule, heads
+from lightning_longrope.lora import LoRA
 from lightning_longrope.optimizers import Schedule
 from lightning_longrope.strategies import (
     LongContextDDPStrategy,
@@ -25,7 +26,9 @@ MODELS = {
     "llama": LLAMA,
     "tied": {**LLAMA, "tie_word_embeddings": True},
     "phi": {**LLAMA, "model_type": "phi", "num_key_value_heads": 4},  # whose output layer has a bias
+    "adapted": LLAMA,
 }
+ADAPTERS = {"adapted": LoRA(targets=("q_proj", "lm_head"))}
 STRATEGIES = {
     "ddp": LongContextDDPStrategy,
     "fsdp2": LongContextFSDP2Strategy,
@@ -57,7 +60,7 @@ def trained(folder, strategy, name, loss):
     """Every parameter after a few steps of SGD."""
     module = Seeded(
         config=MODELS[name], optimizer=lambda groups: torch.optim.SGD(groups, lr=RATE),
-        schedule=Schedule("constant", 0), loss=loss,
+        schedule=Schedule("constant", 0), loss=loss, lora=ADAPTERS.get(name),
     )  # fmt: skip
     quiet = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
     trainer = Trainer(
@@ -79,7 +82,7 @@ def on_every_strategy(folder):
 
 def witness(name):
     """The same steps of one process, on all rows of a batch at once and in double precision."""
-    module, given = Seeded(config=MODELS[name]), rows()
+    module, given = Seeded(config=MODELS[name], lora=ADAPTERS.get(name)), rows()
     module.configure_model()
     model = module.model.double()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
