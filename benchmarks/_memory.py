@@ -1,6 +1,8 @@
 """Memory of this process: the most it took inside a context, and what becomes of what is freed."""
 
+import ctypes
 import os
+import platform
 import sys
 import threading
 import time
@@ -21,20 +23,31 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
+def hand_back_memory() -> None:
+    """Gives freed memory back to the system, so that what is taken next is seen, and none of what was there before."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Memory:
     """Watches the anonymous memory of this process every two milliseconds.
 
     Attributes:
-        before: Bytes when the context was entered.
+        before: Bytes when the context was entered or ``begin`` was called, freed ones given back.
         peak: Most bytes inside.
     """
 
     def __enter__(self) -> "Memory":
-        self.before = self.peak = anonymous_bytes()
+        self.begin()
         self._running = True
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
+
+    def begin(self) -> None:
+        """Forgets what was before."""
+        hand_back_memory()
+        self.before = self.peak = anonymous_bytes()
 
     def __exit__(self, *_: object) -> None:
         self._running = False

@@ -14,10 +14,8 @@ seconds. Memory is the peak of anonymous pages above the loaded model.
 """
 
 import argparse
-import ctypes
 import gc
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -184,12 +182,6 @@ def autocast(case: Case) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bfloat16")
 
 
-def hand_back_memory() -> None:
-    """Gives freed memory back to the system, so that a peak is none of an earlier case."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def worker(side: str, model: str) -> None:
     """Answers orders from standard input, each a case, a slice and whether to clean, until it ends."""
     import torch
@@ -206,8 +198,7 @@ def worker(side: str, model: str) -> None:
             documents = torch.randint(vocabulary, (DOCUMENTS, case.length), generator=generator)
             begin = order["slice"] * case.candidates
             candidates = tables(case.candidates * case.slices, pairs, case.length)[begin : begin + case.candidates]
-            hand_back_memory()
-            memory.peak = memory.before
+            memory.begin()
             wall, processor = time.perf_counter(), time.process_time()
             losses = runner.losses(case, candidates, documents, order["clean"])
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
