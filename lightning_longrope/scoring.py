@@ -148,14 +148,13 @@ def _positions_at_a_time(model: Any) -> int:
 def _keep_freed_memory() -> None:
     """Lets the C library keep up to 62 MiB that is freed, where it would hand every pass back page by page.
 
-    Glibc does so by itself once it was given back one piece of this size, the largest it learns from.
+    Glibc does so by itself once it was given back one piece of this size, the largest it learns from. For searches,
+    whose many passes are alike: where shapes change, what is kept is in pieces that do not fit.
     """
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def _hidden(model: Any, input_ids: Tensor) -> Tensor:
-    if input_ids.device.type == "cpu":
-        _keep_freed_memory()
     # Evaluation sees many shapes: compiled layers would be compiled again for each.
     with torch.compiler.set_stance("force_eager"), fast_linear(input_ids.device):
         return hidden_states(model, input_ids)
@@ -233,6 +232,8 @@ def row_sums(model: Any, factors: Sequence[RescaleFactors], documents: Sequence[
     """
     answer = documents[0].answer
     input_ids = torch.stack([document.tokens for document in documents]).to(model.device)
+    if input_ids.device.type == "cpu":
+        _keep_freed_memory()
     with candidate_rows(model, list(factors)):
         nll = token_nll(model, input_ids).double().cpu()
     text = torch.stack([document.counted for document in documents])
