@@ -196,12 +196,15 @@ def test_objectives_that_make_no_sense_are_refused(arguments):
 FAULTS = """
 import resource, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from lightning_longrope.scoring import token_nll
+from lightning_longrope import RescaleFactors
+from lightning_longrope.objectives import SearchDocument
+from lightning_longrope.scoring import row_sums
 sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4}
-model, row = LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval(), torch.ones(1, 2048, dtype=torch.int64)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval()
+table, row = RescaleFactors((1.0,) * 32, 1024, 2048), SearchDocument(torch.ones(2048, dtype=torch.int64))
 taken = []
 for _ in range(8):
-    token_nll(model, row)
+    row_sums(model, [table], [row])
     taken.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(taken[-1] - taken[2])
 """
@@ -239,7 +242,7 @@ def printed(script):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_passes_on_a_cpu_do_not_take_their_memory_from_the_system_again_and_again():
+def test_passes_of_a_search_on_a_cpu_do_not_take_their_memory_from_the_system_again_and_again():
     assert printed(FAULTS) < 20_000  # pages in five passes; 60,000 where each is handed back
 
 
