@@ -51,9 +51,9 @@ def test_a_configuration(tmp_path, capsys):
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "fit: 8.03 B parameters" in lines
-    # 16 documents x (24 candidates + 3 baselines) + 8 held out x 4, of 7.5e15 FLOPs each
+    # 16 documents x (17 candidates + 3 baselines) + 8 held out x 4, of 7.5e15 FLOPs each
     search = next(line for line in lines if "forward passes" in line)
-    assert " for 464 forward passes of 131,072 tokens (24 candidates, 3 baselines)" in search
+    assert " for 352 forward passes of 131,072 tokens (17 candidates, 3 baselines)" in search
     assert "16 GPUs at 40% of 989 TFLOP/s" in search
     training = next(index for index, line in enumerate(lines) if line.startswith("  training"))
     assert "does not fit 80 GiB" in lines[training]
