@@ -24,7 +24,8 @@ START = (10.0, 0.55, -1.4)
 """First and last pair, as turns in the pretrained window, and bend: the middle of what trained models chose."""
 
 LEAST_TURNS = 0.6
-"""Turns in the pretrained window below which a pair has the largest factor in all ramps but YaRN's; START is close."""
+"""Turns in the pretrained window below which a pair has the largest factor, unless it is pinned, in all ramps but
+YaRN's and a warm start. START lies beyond it, so more than half of the first ramps end exactly there."""
 
 SPREAD = (0.8, 0.5, 0.5)
 """First standard deviations of the logarithms of those turns and of the bend."""
@@ -151,7 +152,9 @@ class RampSearch(SearchAlgorithm):
         while not optimizer.stop():
             points = optimizer.ask()
             optimizer.tell(points, [float(np.square(np.log(self._ramp(p).values) - target).sum()) for p in points])
-        return np.array(optimizer.result.xbest)
+        best = np.array(optimizer.result.xbest)
+        best[1] = max(best[1], math.log(LEAST_TURNS / START[1]) / SPREAD[1])  # beyond, all ramps end at the same pair
+        return best
 
     def _normal(self, *shape: int) -> NDArray[np.float64]:
         return self.rng.standard_normal(shape)

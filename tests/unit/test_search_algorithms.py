@@ -23,7 +23,7 @@ from lightning_longrope.search import (
 )
 from lightning_longrope.search.critical import critical_range
 from lightning_longrope.search.evolution import child
-from lightning_longrope.search.ramp import START, Ramp, yarn_ramp
+from lightning_longrope.search.ramp import LEAST_TURNS, SPREAD, START, Ramp, yarn_ramp
 from tests.unit.test_search_space import valid
 
 ALGORITHMS = [EvolutionSearch, SmoothSearch, RampSearch, LongRoPE2Search]
@@ -172,6 +172,10 @@ def test_a_warm_start_is_asked_first_and_begins_near_the_table_of_the_shorter_wi
     cold = RampSearch().start(SearchSpace(**shape)).ask()[-1]
     far, near = (np.abs(np.log(c.values) - np.log(stretched)).max() for c in (cold, first[2]))
     assert near < far / 4
+    late = RescaleFactors(tuple(Ramp(4.0, 14.0, short.scale, -0.3).values(32).tolist()), 128, 512)
+    search = RampSearch().start(SearchSpace(**shape, warm_start=late))
+    turns = START[1] * math.exp(SPREAD[1] * search._nearest(search.space.seeds()[-1])[1])
+    assert turns >= LEAST_TURNS - 1e-9  # or no step would move the end of the ramp
     with pytest.raises(ValueError, match="`warm_start` needs 32 factors"):
         SearchSpace(**shape, warm_start=RescaleFactors((1.0, 2.0), 128, 512))
 
@@ -276,13 +280,13 @@ def test_pairs_that_have_seen_too_little_of_the_circle_are_slowed_in_full(point,
 
 
 def test_the_first_ramp_counts_turns_in_the_window_of_the_pretraining():
-    """Wavelengths of 12.8 and 232.7 tokens, which turn 10 and 0.55 times in 128, whatever was extended before."""
+    """Wavelengths of 12.8 and 213.3 tokens, which turn 10 and 0.6 times in 128, whatever was extended before."""
     second = SearchSpace(**{**SHAPE, "original_length": 1024, "target_length": 8192}, pretrained_length=128)
     for space in (SearchSpace(**SHAPE), second):
         ramp = np.array(RampSearch().start(space).ask()[-1].values)
         wavelengths = 2 * math.pi * 10_000 ** (np.arange(32) / 32)
         assert (ramp[wavelengths < 128 / START[0]] == 1).all()
-        assert (ramp[wavelengths > 128 / START[1]] == 8).all()
+        assert (ramp[wavelengths > 128 / LEAST_TURNS] == 8).all()
         between = (wavelengths > 128 / START[0] * 1.4) & (wavelengths < 128 / START[1] / 1.1)
         assert between.sum() > 5
         assert ((ramp > 1) & (ramp < 8))[between].all()
